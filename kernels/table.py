@@ -1,0 +1,194 @@
+"""The table: where every tensor of a device lies, and which program of the launch takes which part.
+
+Host only (torch and numpy, no Triton). The words that the kernels read, int64, in this order:
+
+    groups   [n_groups, GROUP_WORDS]    hyper-parameters, float64 bit patterns and addresses
+    grads    [n_tensors]                addresses; 0 = no gradient in this step
+    tensors  [n_tensors, TENSOR_WORDS]  addresses of param and states, numel, group, signature
+    chunks   [n_chunks]                 tensor index | first block << 32
+
+What changes often comes first, so that whatever a step must upload is one prefix: one copy.
+A chunk is `blocks_per_chunk` blocks of one tensor; a program takes one block. So the list stays
+short (at most CHUNKS + n_tensors words) while every program keeps one block and one code path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Words = npt.NDArray[np.int64]
+
+BLOCK = 1024  # elements a program: 8 a thread with 4 warps, 128-bit accesses for 16-bit formats
+CHUNKS = 32768  # the work list is thinned out (power-of-two chunks) above this length: 256 KiB
+
+# words of a row of `groups`
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY = range(5)  # float64 bits
+LR_AT, BETA1_AT, BETA2_AT = range(5, 8)  # address of a device scalar, 0 = use the value above
+FLAGS = 8  # bit 0 maximize, bit 1 decoupled, then 2 bits of dtype code for lr, beta1, beta2
+GROUP_WORDS = 9
+MAXIMIZE, DECOUPLED, CODES_SHIFT = 1, 2, 2
+SCALAR_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# words of a row of `tensors`
+PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, NUMEL, GROUP, SIGNATURE, STEP_IS_DOUBLE = range(9)
+TENSOR_WORDS = 9
+
+# columns of the scalars that the schedule writes for each tensor; a row is 64 bytes in float32
+ACTIVE, GRAD_FACTOR, UNSCALE, W1, W2, RSQRT_BIAS2, EPSILON, NEG_STEP_SIZE, DECAY, L2 = range(10)
+SCALARS = 16
+
+EMPTY_GRAD = 1  # stands for the address of a gradient without elements: present, never read
+
+
+class Signature(NamedTuple):
+    """What a block's code depends on: the storage dtype of each stream, and amsgrad."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    exp_avg: torch.dtype
+    exp_avg_sq: torch.dtype
+    amsgrad: bool
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Dtype of the arithmetic: float64 for float64 params, else float32."""
+        return torch.float64 if self.param == torch.float64 else torch.float32
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Bytes read and written for one element: the floor of DESIGN section 8."""
+        kept = self.param.itemsize + self.exp_avg.itemsize
+        kept += self.exp_avg_sq.itemsize * (2 if self.amsgrad else 1)
+        return 2 * kept + self.grad.itemsize
+
+
+class Row(NamedTuple):
+    """One tensor, as the table wants it: addresses, element count, group, formats."""
+
+    param: int
+    exp_avg: int
+    exp_avg_sq: int
+    max_exp_avg_sq: int  # 0 without amsgrad
+    step: int
+    numel: int  # of reals: a complex element counts two
+    group: int
+    signature: Signature
+    step_is_double: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Frozen words of one device. `dataclasses.replace` the column that moved, keep the rest."""
+
+    groups: Words  # [n_groups * GROUP_WORDS]
+    grads: Words  # [n_tensors]
+    rest: Words  # [n_tensors * TENSOR_WORDS + n_chunks]
+    n_groups: int
+    n_tensors: int
+    blocks_per_chunk: int  # a power of two
+    n_programs: int
+    signatures: tuple[Signature, ...]  # sorted: the kernel is specialised on them
+
+    @property
+    def n_words(self) -> int:
+        """Length of groups, grads, tensors and chunks together."""
+        return len(self.groups) + len(self.grads) + len(self.rest)
+
+    @property
+    def float64(self) -> bool:
+        """Whether some tensor is computed in float64."""
+        return any(s.compute == torch.float64 for s in self.signatures)
+
+
+def frozen(words: Words) -> Words:
+    """The same words, read-only: who wants other ones replaces them."""
+    words.setflags(write=False)
+    return words
+
+
+def plan_chunks(numels: Words, block: int = BLOCK, chunks: int = CHUNKS) -> tuple[Words, int]:
+    """Cut tensors into chunks so that each element is in exactly one block of one chunk.
+
+    Returns the chunk words (tensor | first block << 32) and the blocks in a chunk, the smallest
+    power of two for which no more than `chunks` (and one a tensor) are needed. A chunk may reach
+    past its tensor's end; a program whose block lies there has nothing to do.
+    """
+    blocks = -(-numels // block)
+    per_chunk = 1
+    while (count := -(-blocks // per_chunk)).sum() > chunks + len(numels):
+        per_chunk *= 2
+    tensor = np.repeat(np.arange(len(numels), dtype=np.int64), count)
+    within = np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(count) - count, count)
+    return tensor | (within * per_chunk) << 32, per_chunk
+
+
+def build(rows: Sequence[Row], grads: Words, groups: Words, n_groups: int) -> Table:
+    """Lay out the rows. They must not overlap in memory: one launch updates all at once."""
+    signatures = tuple(sorted({row.signature for row in rows}, key=str))
+    code = {signature: i for i, signature in enumerate(signatures)}
+    tensors = np.array(
+        [[*row[:7], code[row.signature], row.step_is_double] for row in rows], dtype=np.int64
+    ).reshape(len(rows), TENSOR_WORDS)
+    chunks, blocks_per_chunk = plan_chunks(tensors[:, NUMEL])
+    return Table(
+        groups=frozen(groups),
+        grads=frozen(grads),
+        rest=frozen(np.concatenate([tensors.ravel(), chunks])),
+        n_groups=n_groups,
+        n_tensors=len(rows),
+        blocks_per_chunk=blocks_per_chunk,
+        n_programs=len(chunks) * blocks_per_chunk,
+        signatures=signatures,
+    )
+
+
+class Memory(NamedTuple):
+    """Device memory of one table: its words, and the scalars that the schedule writes."""
+
+    words: Tensor  # int64 [n_words]
+    scalars: Tensor  # float32 [n_tensors, SCALARS]
+    scalars64: Tensor  # float64, the same; no rows where nothing is computed in float64
+
+    def fits(self, table: Table) -> bool:
+        """Whether this memory was allocated for a table of the same size."""
+        rows64 = table.n_tensors if table.float64 else 0
+        sizes = (len(self.words), len(self.scalars), len(self.scalars64))
+        return sizes == (table.n_words, table.n_tensors, rows64)
+
+
+def allocate(table: Table, device: torch.device) -> Memory:
+    """Uninitialised device memory for a table."""
+    rows64 = table.n_tensors if table.float64 else 0
+    return Memory(
+        torch.empty(table.n_words, dtype=torch.int64, device=device),
+        torch.empty(table.n_tensors, SCALARS, dtype=torch.float32, device=device),
+        torch.empty(rows64, SCALARS, dtype=torch.float64, device=device),
+    )
+
+
+def write_words(table: Table, host: Tensor) -> None:
+    """Write the first len(host) words of the table to `host`, int64 on the CPU."""
+    words, at = host.numpy(), 0
+    for part in (table.groups, table.grads, table.rest):
+        size = min(len(part), len(words) - at)
+        words[at : at + size] = part[:size]
+        at += size
+
+
+def stale_words(table: Table, uploaded: Table | None) -> int:
+    """How many words of the device's copy are out of date, counted from the front.
+
+    Columns are compared by identity: they are frozen, so the same object means the same words.
+    """
+    if uploaded is None or table.rest is not uploaded.rest:
+        return table.n_words
+    if table.grads is not uploaded.grads:
+        return len(table.groups) + len(table.grads)
+    return len(table.groups) if table.groups is not uploaded.groups else 0
