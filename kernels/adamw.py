@@ -1,0 +1,224 @@
+"""AdamW for every tensor of a device in one launch: the math, then the kernel that finds memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import table as t
+
+_GROUP_WORDS = tl.constexpr(t.GROUP_WORDS)
+_TENSOR_WORDS = tl.constexpr(t.TENSOR_WORDS)
+_SCALARS = tl.constexpr(t.SCALARS)
+_PARAM = tl.constexpr(t.PARAM)
+_EXP_AVG = tl.constexpr(t.EXP_AVG)
+_EXP_AVG_SQ = tl.constexpr(t.EXP_AVG_SQ)
+_MAX_EXP_AVG_SQ = tl.constexpr(t.MAX_EXP_AVG_SQ)
+_NUMEL = tl.constexpr(t.NUMEL)
+_SIGNATURE = tl.constexpr(t.SIGNATURE)
+_ACTIVE = tl.constexpr(t.ACTIVE)
+_GRAD_FACTOR = tl.constexpr(t.GRAD_FACTOR)
+_UNSCALE = tl.constexpr(t.UNSCALE)
+_W1 = tl.constexpr(t.W1)
+_W2 = tl.constexpr(t.W2)
+_RSQRT_BIAS2 = tl.constexpr(t.RSQRT_BIAS2)
+_EPSILON = tl.constexpr(t.EPSILON)
+_NEG_STEP_SIZE = tl.constexpr(t.NEG_STEP_SIZE)
+_DECAY = tl.constexpr(t.DECAY)
+_L2 = tl.constexpr(t.L2)
+
+_VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
+NUM_WARPS = 4
+
+_TRITON_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+@triton.jit
+def _average(old, new, weight, square_error):
+    """old + (1-beta) * (new-old), kept one-sided: weight is 1-beta, or -beta where beta <= 1/2."""
+    return tl.fma(weight, square_error, tl.where(weight > 0, old, new))
+
+
+@triton.jit
+def _adamw_update(
+    p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2, AMSGRAD: tl.constexpr
+):
+    """One AdamW update of values in the compute dtype; the scalars are schedule.py's."""
+    g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
+    m = _average(m, g, w1, g - m)
+    v = _average(v, g * g, w2, tl.fma(g, g, -v))
+    if AMSGRAD:
+        v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
+        d = tl.sqrt(v_max) * rsqrt_bias2 + eps
+    else:
+        d = tl.sqrt(v) * rsqrt_bias2 + eps
+    p = tl.where(decay != 0, tl.fma(p, decay, p), p)
+    p = tl.fma(neg_step_size, m / d, p)
+    return p, m, v, v_max
+
+
+@triton.jit
+def _at(address, start, lane, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to a block's elements. Vector access needs the hint on the pointer, right here."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start + lane
+
+
+@triton.jit
+def _block(
+    tensor,  # the tensor's row of the table
+    grad,  # address
+    scalars,  # the tensor's row of scalars
+    start,  # of the block, in elements of the tensor
+    first,  # the part of the block to update: [first, last)
+    last,
+    PARAM: tl.constexpr,  # storage dtypes
+    GRAD: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,  # then first is 0
+    STORE_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = tl.float64 if tl.float64 == PARAM else tl.float32
+    # made in here: a lane shared by both paths goes through shared memory from layout to layout
+    lane = tl.arange(0, BLOCK)
+    mask = lane < last
+    if not ALIGNED:
+        mask &= lane >= first
+    p_at = _at(tl.load(tensor + _PARAM), start, lane, PARAM, ALIGNED)
+    g_at = _at(grad, start, lane, GRAD, ALIGNED)
+    m_at = _at(tl.load(tensor + _EXP_AVG), start, lane, EXP_AVG, ALIGNED)
+    v_at = _at(tl.load(tensor + _EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
+    p = tl.load(p_at, mask=mask).to(COMPUTE)
+    g = tl.load(g_at, mask=mask).to(COMPUTE)
+    m = tl.load(m_at, mask=mask).to(COMPUTE)
+    v = tl.load(v_at, mask=mask).to(COMPUTE)
+    v_max = v
+    if AMSGRAD:
+        v_max_at = _at(tl.load(tensor + _MAX_EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
+        v_max = tl.load(v_max_at, mask=mask).to(COMPUTE)
+
+    if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
+        tl.store(g_at, (g * tl.load(scalars + _UNSCALE)).to(GRAD), mask=mask)
+    p, m, v, v_max = _adamw_update(
+        p,
+        g * tl.load(scalars + _GRAD_FACTOR),
+        m,
+        v,
+        v_max,
+        tl.load(scalars + _W1),
+        tl.load(scalars + _W2),
+        tl.load(scalars + _RSQRT_BIAS2),
+        tl.load(scalars + _EPSILON),
+        tl.load(scalars + _NEG_STEP_SIZE),
+        tl.load(scalars + _DECAY),
+        tl.load(scalars + _L2),
+        AMSGRAD,
+    )
+    tl.store(p_at, p.to(PARAM), mask=mask)
+    tl.store(m_at, m.to(EXP_AVG), mask=mask)
+    tl.store(v_at, v.to(EXP_AVG_SQ), mask=mask)
+    if AMSGRAD:
+        tl.store(v_max_at, v_max.to(EXP_AVG_SQ), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_groups", "n_tensors", "blocks_per_chunk"])
+def _adamw(
+    words,  # int64 [n_words]: see table.py
+    scalars,  # float32 [n_tensors, SCALARS]
+    scalars64,  # float64, the same
+    n_groups,
+    n_tensors,
+    blocks_per_chunk,
+    SIGNATURES: tl.constexpr,  # ((param, grad, exp_avg, exp_avg_sq, amsgrad), ...)
+    STORE_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    grads = words + n_groups * _GROUP_WORDS
+    tensors = grads + n_tensors
+    chunks = tensors + n_tensors * _TENSOR_WORDS
+    program = tl.program_id(0)
+    chunk = tl.load(chunks + program // blocks_per_chunk)
+    index = chunk & 0xFFFFFFFF
+    start = ((chunk >> 32) + program % blocks_per_chunk) * BLOCK  # int64: tensors pass 2^31
+    tensor = tensors + index * _TENSOR_WORDS
+    numel = tl.load(tensor + _NUMEL)
+    grad = tl.load(grads + index)
+    active = tl.load(scalars + index * _SCALARS + _ACTIVE)
+    if (start >= numel) | (grad == 0) | (active == 0):
+        return
+
+    addresses = tl.load(tensor + _PARAM) | tl.load(tensor + _EXP_AVG) | grad
+    addresses |= tl.load(tensor + _EXP_AVG_SQ) | tl.load(tensor + _MAX_EXP_AVG_SQ)
+    size = tl.minimum(numel - start, BLOCK).to(tl.int32)
+    # Elements before `vectors` go in 128-bit accesses; the bound is a multiple of the vector, else
+    # the mask would break them up. What is left, at most 7 elements or all of an unaligned tensor,
+    # goes one by one. Each path casts its own pointers: a shared one would carry the hint across.
+    vectors = tl.where(addresses % 16 == 0, size // _VECTOR, 0) * _VECTOR
+    signature = tl.load(tensor + _SIGNATURE)
+    for i in tl.static_range(len(SIGNATURES)):
+        if signature == i:
+            if SIGNATURES[i][0] == tl.float64:
+                row = scalars64 + index * _SCALARS
+            else:
+                row = scalars + index * _SCALARS
+            if vectors > 0:
+                _block(
+                    tensor, grad, row, start, 0, vectors,
+                    SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
+                    SIGNATURES[i][4], True, STORE_GRAD, BLOCK,
+                )  # fmt: skip
+            if vectors < size:
+                _block(
+                    tensor, grad, row, start, vectors, size,
+                    SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
+                    SIGNATURES[i][4], False, STORE_GRAD, BLOCK,
+                )  # fmt: skip
+
+
+def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[object, ...], ...]:
+    """Signatures as the kernel takes them: Triton's dtypes in place of torch's."""
+    return tuple((*(_TRITON_DTYPES[d] for d in s[:4]), s.amsgrad) for s in signatures)
+
+
+def launch_options(table: t.Table, device: torch.device) -> dict[str, int | bool]:
+    """Options of the launch: 64 registers let 8 programs share a multiprocessor.
+
+    ptxas takes 72 for bf16 params with fp32 moments on sm_80, and keeps the same instructions,
+    without a spill, when told to take 64. float64 needs 120. Kernels of one dtype need no cap.
+    """
+    mixed = len({dtype for s in table.signatures for dtype in s[:4]}) > 1
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    cap = {"maxnreg": 64} if nvidia and mixed and not table.float64 else {}
+    return {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **cap}
+
+
+def adamw(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
+    """Update every tensor of the table whose gradient is present; `schedule` must have run.
+
+    Moves `Signature.bytes_per_element` an element, and one write more of the gradient with
+    `store_grad`, which leaves unscaled gradients behind.
+    """
+    if table.n_programs:
+        _adamw[(table.n_programs,)](
+            memory.words,
+            memory.scalars,
+            memory.scalars64,
+            table.n_groups,
+            table.n_tensors,
+            table.blocks_per_chunk,
+            SIGNATURES=constexpr_signatures(table.signatures),
+            STORE_GRAD=store_grad,
+            BLOCK=t.BLOCK,
+            **launch_options(table, memory.words.device),
+        )

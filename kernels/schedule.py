@@ -1,0 +1,173 @@
+"""The schedule: for each tensor with a gradient count the step, and derive its row of scalars.
+
+Everything is computed in float64 on the device, from the group's row and the tensor's own step, so
+that nothing here depends on a host value that a captured graph would freeze.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import table as t
+
+_GROUP_WORDS = tl.constexpr(t.GROUP_WORDS)
+_TENSOR_WORDS = tl.constexpr(t.TENSOR_WORDS)
+_SCALARS = tl.constexpr(t.SCALARS)
+_LR = tl.constexpr(t.LR)
+_BETA1 = tl.constexpr(t.BETA1)
+_BETA2 = tl.constexpr(t.BETA2)
+_EPS = tl.constexpr(t.EPS)
+_WEIGHT_DECAY = tl.constexpr(t.WEIGHT_DECAY)
+_FLAGS = tl.constexpr(t.FLAGS)
+_MAXIMIZE = tl.constexpr(t.MAXIMIZE)
+_DECOUPLED = tl.constexpr(t.DECOUPLED)
+_CODES_SHIFT = tl.constexpr(t.CODES_SHIFT)
+_LR_AT = tl.constexpr(t.LR_AT)
+_STEP = tl.constexpr(t.STEP)
+_GROUP = tl.constexpr(t.GROUP)
+_STEP_IS_DOUBLE = tl.constexpr(t.STEP_IS_DOUBLE)
+_ACTIVE = tl.constexpr(t.ACTIVE)
+_GRAD_FACTOR = tl.constexpr(t.GRAD_FACTOR)
+_UNSCALE = tl.constexpr(t.UNSCALE)
+_W1 = tl.constexpr(t.W1)
+_W2 = tl.constexpr(t.W2)
+_RSQRT_BIAS2 = tl.constexpr(t.RSQRT_BIAS2)
+_EPSILON = tl.constexpr(t.EPSILON)
+_NEG_STEP_SIZE = tl.constexpr(t.NEG_STEP_SIZE)
+_DECAY = tl.constexpr(t.DECAY)
+_L2 = tl.constexpr(t.L2)
+
+_TENSORS_PER_PROGRAM = 128
+_STEP_BITS = tl.constexpr(31)  # float32 counts to 2^24 and float64 further: 2^31 steps are enough
+
+
+@triton.jit
+def _double(at, mask):
+    """Float64 values from their bit patterns."""
+    return tl.load(at, mask=mask, other=0).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _hyper(group, flags, mask, WHICH: tl.constexpr):
+    """A hyper-parameter: the group's value, or the device scalar of any dtype it points to."""
+    at = tl.load(group + _LR_AT + WHICH, mask=mask, other=0)
+    code = (flags >> (_CODES_SHIFT + 2 * WHICH)) & 3
+    there = mask & (at != 0)
+    f32 = tl.load(at.to(tl.pointer_type(tl.float32)), mask=there & (code == 0), other=0)
+    f64 = tl.load(at.to(tl.pointer_type(tl.float64)), mask=there & (code == 1), other=0)
+    b16 = tl.load(at.to(tl.pointer_type(tl.bfloat16)), mask=there & (code == 2), other=0)
+    f16 = tl.load(at.to(tl.pointer_type(tl.float16)), mask=there & (code == 3), other=0)
+    narrow = tl.where(code == 2, b16.to(tl.float32), f16.to(tl.float32))
+    value = tl.where(code == 1, f64, tl.where(code == 0, f32, narrow).to(tl.float64))
+    return tl.where(at != 0, value, _double(group + _LR + WHICH, mask))
+
+
+@triton.jit
+def _power(base, exponent):
+    """base^exponent for whole exponents in [0, 2^31), by square and multiply."""
+    result = base * 0 + 1
+    for _ in tl.static_range(_STEP_BITS):
+        result = tl.where(exponent & 1 == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _one_sided(weight):
+    """Weight of an average as the update wants it: 1-beta, or -beta where 1-beta >= 1/2."""
+    return tl.where(weight < 0.5, weight, weight - 1)
+
+
+@triton.jit
+def _put(scalars, scalars64, tensor, mask, value, COLUMN: tl.constexpr, FLOAT64: tl.constexpr):
+    tl.store(scalars + tensor * _SCALARS + COLUMN, value.to(tl.float32), mask=mask)
+    if FLOAT64:
+        tl.store(scalars64 + tensor * _SCALARS + COLUMN, value, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["n_groups", "n_tensors"],
+    do_not_specialize_on_alignment=["grad_scale", "found_inf"],
+)
+def _schedule(
+    words,  # int64 [n_words]: see table.py
+    scalars,  # float32 [n_tensors, SCALARS]
+    scalars64,  # float64, the same
+    grad_scale,  # float32 [], or None
+    found_inf,  # float32 [], or None
+    n_groups,
+    n_tensors,
+    FLOAT64: tl.constexpr,
+    TENSORS: tl.constexpr,
+):
+    grads = words + n_groups * _GROUP_WORDS
+    tensors = grads + n_tensors
+    tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
+    mask = tensor < n_tensors
+
+    active = mask & (tl.load(grads + tensor, mask=mask, other=0) != 0)
+    if found_inf is not None:  # a sum over devices: anything but 0 skips the step
+        active = active & (tl.load(found_inf) == 0)
+
+    row = tensors + tensor * _TENSOR_WORDS
+    step_at = tl.load(row + _STEP, mask=mask, other=0)
+    is_double = tl.load(row + _STEP_IS_DOUBLE, mask=mask, other=0) != 0
+    at32 = step_at.to(tl.pointer_type(tl.float32))
+    at64 = step_at.to(tl.pointer_type(tl.float64))
+    step32 = tl.load(at32, mask=active & (is_double == 0), other=0) + 1
+    step64 = tl.load(at64, mask=active & is_double, other=0) + 1
+    tl.store(at32, step32, mask=active & (is_double == 0))
+    tl.store(at64, step64, mask=active & is_double)
+    step = tl.where(is_double, step64, step32.to(tl.float64)).to(tl.int64)
+
+    group = words + tl.load(row + _GROUP, mask=mask, other=0) * _GROUP_WORDS
+    flags = tl.load(group + _FLAGS, mask=mask, other=0)
+    lr = _hyper(group, flags, mask, 0)
+    beta1 = _hyper(group, flags, mask, 1)
+    beta2 = _hyper(group, flags, mask, 2)
+    weight_decay = _double(group + _WEIGHT_DECAY, mask)
+    decoupled = (flags & _DECOUPLED) != 0
+    zero = weight_decay * 0
+
+    unscale = zero + 1
+    if grad_scale is not None:
+        unscale = unscale / tl.load(grad_scale).to(tl.float64)
+    factor = tl.where((flags & _MAXIMIZE) != 0, -unscale, unscale)
+    bias1 = 1 - _power(beta1, step)
+    bias2 = 1 - _power(beta2, step)
+
+    _put(scalars, scalars64, tensor, mask, tl.where(active, zero + 1, zero), _ACTIVE, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, factor, _GRAD_FACTOR, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, unscale, _UNSCALE, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, _one_sided(1 - beta1), _W1, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, _one_sided(1 - beta2), _W2, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, 1 / tl.sqrt(bias2), _RSQRT_BIAS2, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, _double(group + _EPS, mask), _EPSILON, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, -lr / bias1, _NEG_STEP_SIZE, FLOAT64)
+    decay = tl.where(decoupled, -lr * weight_decay, zero)
+    _put(scalars, scalars64, tensor, mask, decay, _DECAY, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, tl.where(decoupled, zero, weight_decay), _L2, FLOAT64)
+
+
+def schedule(
+    table: t.Table, memory: t.Memory, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:
+    """Count a step for each tensor with a gradient and write its scalars.
+
+    grad_scale, found_inf: float32, 0-dim, on the table's device, or None.
+    """
+    _schedule[(triton.cdiv(table.n_tensors, _TENSORS_PER_PROGRAM),)](
+        memory.words,
+        memory.scalars,
+        memory.scalars64,
+        grad_scale,
+        found_inf,
+        table.n_groups,
+        table.n_tensors,
+        FLOAT64=table.float64,
+        TENSORS=_TENSORS_PER_PROGRAM,
+        enable_fp_fusion=False,
+    )
