@@ -1,0 +1,122 @@
+"""AdamW in plain torch: the path of CPU tensors, and the oracle of the kernels.
+
+Twins of the kernels by name: `schedule` of kernels/schedule.py, `adamw_update` of kernels/adamw.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements: 1 MiB of each float32 stream. On 2 cores of an AMD EPYC with 32 MiB of L3, one thread:
+# 32k 2.5x, 64k 2.9x, 128k 3.3x, 256k 3.5x the speed of torch's default (one tensor of 20M).
+PIECE_PER_THREAD = 262144
+
+
+class Scalars(NamedTuple):
+    """What one step of one tensor needs beyond its elements (float64, computed by `schedule`)."""
+
+    grad_factor: float  # +-1/scale: maximize and unscale cost one multiplication
+    unscale: float
+    one_minus_beta1: float
+    one_minus_beta2: float
+    rsqrt_bias2: float  # 1 / sqrt(1 - beta2^t)
+    eps: float
+    neg_step_size: float  # -lr / (1 - beta1^t)
+    decay: float  # -lr * weight_decay, decoupled
+    l2: float  # weight_decay, in the gradient
+
+
+def schedule(group: Mapping[str, Any], step: float, grad_scale: float = 1.0) -> Scalars:
+    """Scalars of the `step`-th update (counted from 1) under the hyper-parameters of `group`."""
+    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+    decoupled = group["decoupled_weight_decay"]
+    unscale = 1 / grad_scale if grad_scale else float("inf")
+    return Scalars(
+        grad_factor=-unscale if group["maximize"] else unscale,
+        unscale=unscale,
+        one_minus_beta1=1 - beta1,
+        one_minus_beta2=1 - beta2,
+        rsqrt_bias2=(1 - beta2**step) ** -0.5,
+        eps=group["eps"],
+        neg_step_size=-lr / (1 - beta1**step),
+        decay=-lr * group["weight_decay"] if decoupled else 0.0,
+        l2=0.0 if decoupled else group["weight_decay"],
+    )
+
+
+def adamw_update(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, d: Tensor, s: Scalars
+) -> None:
+    """One AdamW update, in place, of p, m, v and v_max; g may be overwritten, d is scratch.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101,
+    algorithm 2; v_max: Reddi et al., https://openreview.net/forum?id=ryQu7f-RZ.
+    """
+    if s.grad_factor != 1:
+        g.mul_(s.grad_factor)
+    if s.l2:
+        g.add_(p, alpha=s.l2)
+    m.lerp_(g, s.one_minus_beta1)
+    v.lerp_(torch.mul(g, g, out=d), s.one_minus_beta2)
+    if v_max is not None:
+        torch.maximum(v_max, v, out=v_max)  # keeps NaN
+    torch.sqrt(v if v_max is None else v_max, out=d)
+    torch.add(d.new_full((), s.eps), d, alpha=s.rsqrt_bias2, out=d)
+    if s.decay:
+        p.add_(p, alpha=s.decay)
+    p.addcdiv_(m, d, value=s.neg_step_size)
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    scalars: Scalars,
+    store_grad: bool = False,
+) -> None:
+    """Update one tensor piece by piece, so that all temporaries stay in the cache.
+
+    The tensors are dense and share one memory layout; dtypes are free (float64 params are computed
+    in float64, all others in float32, with one rounding at the store). With `store_grad` the
+    unscaled gradient is left in `grad`.
+    """
+    compute = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+    kept = [param, exp_avg, exp_avg_sq, *([] if max_exp_avg_sq is None else [max_exp_avg_sq])]
+    scratch: list[Tensor] = []
+    for g_stored, *stored in _pieces([grad, *kept], PIECE_PER_THREAD * torch.get_num_threads()):
+        if not scratch:  # the first piece is the largest
+            needed = 2 + sum(x.dtype != compute for x in stored)
+            scratch = [torch.empty_like(g_stored, dtype=compute) for _ in range(needed)]
+        elif len(scratch[0]) > len(g_stored):
+            scratch = [x[: len(g_stored)] for x in scratch]
+        d, g, *buffers = scratch
+        if g_stored.dtype == compute and scalars.grad_factor == 1 and not scalars.l2:
+            g = g_stored
+        else:
+            g.copy_(g_stored)  # gradients are read, never written
+        if store_grad:
+            g_stored.copy_(torch.mul(g, scalars.unscale, out=d))
+        values = [x if x.dtype == compute else buffers.pop().copy_(x) for x in stored]
+        p, m, v, *maximum = values
+        adamw_update(p, g, m, v, maximum[0] if maximum else None, d, scalars)
+        for x, value in zip(stored, values, strict=True):
+            if value is not x:
+                x.copy_(value)
+
+
+def _pieces(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Dense tensors of one layout, cut alike into pieces of at most `size` reals."""
+    reals = [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
+    numel = reals[0].numel()
+    if numel <= size:
+        yield reals
+        return
+    lines = [x.as_strided((numel,), (1,)) for x in reals]
+    for start in range(0, numel, size):
+        yield [line[start : start + size] for line in lines]
