@@ -1,0 +1,178 @@
+"""One device's part of a step: bring its table up to date, then launch the kernels that read it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .kernels import table as t
+
+MIN_TRITON = (3, 6)
+
+
+class Kernels(NamedTuple):
+    """The modules that need Triton."""
+
+    schedule: ModuleType
+    adamw: ModuleType
+
+
+def load_kernels(device: torch.device) -> Kernels:
+    """Import the kernels; RuntimeError with the cure where Triton cannot run on the device."""
+    install = f'pip install "triton>={".".join(map(str, MIN_TRITON))}"'
+    try:
+        import triton
+    except ImportError as error:
+        raise RuntimeError(
+            f"FusedAdamW updates {device.type} tensors with Triton, which is not installed. "
+            f"Install it ({install}; torch's GPU wheels bring it), or pass backend='reference'."
+        ) from error
+    if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+        raise RuntimeError(
+            f"FusedAdamW needs Triton >= {'.'.join(map(str, MIN_TRITON))} on {device.type} tensors "
+            f"but {triton.__version__} is installed, which cannot compile its kernels. Upgrade "
+            f"torch (2.11 brings Triton 3.6) or Triton ({install}), or pass backend='reference'."
+        )
+    from .kernels import adamw, schedule
+
+    if device.type == "cpu" and isinstance(adamw._adamw, triton.runtime.JITFunction):
+        raise RuntimeError(
+            "backend='triton' runs CPU tensors only under Triton's interpreter: set "
+            "TRITON_INTERPRET=1 before triton is imported, or use backend='auto'."
+        )
+    return Kernels(schedule, adamw)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def group_words(
+    groups: Sequence[Mapping[str, Any]], device: torch.device
+) -> tuple[t.Words, list[Tensor]]:
+    """The groups' rows of the table, and the device scalars that they point to.
+
+    A tensor on a device stays there: the kernel reads it, so that no one waits for it and a
+    captured graph follows it. One on the CPU is read here, and frozen in a graph as floats are.
+    """
+    words = np.zeros((len(groups), t.GROUP_WORDS), dtype=np.int64)
+    values = words.view(np.float64)
+    alive = []
+    for row, value, group in zip(words, values, groups, strict=True):
+        flags = t.MAXIMIZE * bool(group["maximize"])
+        flags |= t.DECOUPLED * bool(group["decoupled_weight_decay"])
+        value[t.EPS], value[t.WEIGHT_DECAY] = group["eps"], group["weight_decay"]
+        for i, x in enumerate((group["lr"], *group["betas"])):
+            if isinstance(x, Tensor) and (x.device == device or x.device.type != "cpu"):
+                dtype = x.dtype if x.dtype in t.SCALAR_CODES else torch.float64
+                scalar = x.detach().to(device, dtype, non_blocking=True)
+                row[t.LR_AT + i] = scalar.data_ptr()
+                flags |= t.SCALAR_CODES[dtype] << (t.CODES_SHIFT + 2 * i)
+                alive.append(scalar)
+            else:
+                value[t.LR + i] = float(x)
+        row[t.FLAGS] = flags
+    return words.ravel(), alive
+
+
+class Launcher:
+    """The device's copy of the table, and the launches that read it.
+
+    A captured step gets memory and a pinned source of its own, reserved by the eager steps before:
+    a graph replays the upload too, so neither may change while the graph lives.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kernels = load_kernels(device)
+        self.captured: list[tuple[t.Memory, Tensor]] = []
+        self._memory: t.Memory | None = None
+        self._uploaded: t.Table | None = None
+        self._reserve: tuple[t.Memory, Tensor] | None = None
+        self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
+        self._stream: torch.Stream | None = None
+
+    def launch(
+        self,
+        table: t.Table,
+        groups: t.Words,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Update the table's tensors; grad_scale and found_inf as GradScaler sets them."""
+        if not np.array_equal(groups, self._groups):
+            self._groups = t.frozen(groups)
+        table = dataclasses.replace(table, groups=self._groups)
+        with self._current_device():
+            grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
+            memory = self._record(table) if is_capturing(self.device) else self._upload(table)
+            self.kernels.schedule.schedule(table, memory, grad_scale, found_inf)
+            self.kernels.adamw.adamw(table, memory, store_grad=grad_scale is not None)
+
+    def _current_device(self) -> contextlib.AbstractContextManager[Any]:
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = torch.get_device_module(
+            self.device
+        ).device(self.device)
+        return context
+
+    def _scalar(self, x: Tensor | None) -> Tensor | None:
+        if x is None or (x.device == self.device and x.dtype == torch.float32):
+            return x
+        return x.to(self.device, torch.float32, non_blocking=True)
+
+    def _upload(self, table: t.Table) -> t.Memory:
+        """Eager: at most one asynchronous copy, of what has moved."""
+        if self._memory is None or not self._memory.fits(table):
+            self._memory, self._uploaded = t.allocate(table, self.device), None
+            self._stream = None
+        if self._reserve is None or not self._reserve[0].fits(table):
+            self._reserve = t.allocate(table, self.device), self._host(table.n_words)
+        self._follow_stream(self._memory)
+        size = t.stale_words(table, self._uploaded)
+        if size:
+            # Fresh from torch's caching host allocator, which gives it out again only when the
+            # copy is done. One buffer used again would be a race: the host runs ahead.
+            host = self._host(size)
+            t.write_words(table, host)
+            self._memory.words[:size].copy_(host, non_blocking=True)
+            self._uploaded = table
+        return self._memory
+
+    def _record(self, table: t.Table) -> t.Memory:
+        """Captured: the whole table, from a source that stays as it is."""
+        if self._reserve is None or not self._reserve[0].fits(table):
+            raise RuntimeError(
+                "FusedAdamW.step() cannot be captured in a CUDA graph yet: its table is not "
+                "reserved for the tensors of this step. Run one step() outside the capture before "
+                "each capture, with gradients for the same parameters."
+            )
+        memory, host = self._reserve
+        self._reserve = None
+        self.captured.append((memory, host))
+        t.write_words(table, host)
+        memory.words.copy_(host, non_blocking=True)
+        return memory
+
+    def _host(self, size: int) -> Tensor:
+        pinned = self.device.type != "cpu"
+        return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
+
+    def _follow_stream(self, memory: t.Memory) -> None:
+        """Keep memory from being given out again while a second stream may still read it."""
+        if self.device.type == "cpu":
+            return
+        stream = torch.accelerator.current_stream(self.device)
+        if self._stream is not None and stream != self._stream:
+            for x in memory:
+                x.record_stream(stream)
+        self._stream = stream
