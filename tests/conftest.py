@@ -1,0 +1,59 @@
+"""Where the kernels run: on the GPU if there is one, else on the CPU under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+ON_CUDA = torch.cuda.is_available()
+if not ON_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device that the kernels are tested on."""
+    return torch.device("cuda", 0) if ON_CUDA else torch.device("cpu")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both paths, which have to agree with torch and with each other."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _bf16_rounds_to_nearest() -> Iterator[None]:
+    # The interpreter truncates float32 -> bfloat16 where every GPU rounds to nearest even. What
+    # else it cannot represent: it rounds tl.fma twice, and its division and square root are IEEE
+    # where the GPU's are approximate.
+    if ON_CUDA:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def to_nearest(
+        x: npt.NDArray[np.generic], source: tl.dtype, target: tl.dtype, mode: object
+    ) -> npt.NDArray[np.generic]:
+        if source == tl.float32 and target == tl.bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(x).view(np.float32))
+            return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        out: npt.NDArray[np.generic] = convert(x, source, target, mode)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", to_nearest)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

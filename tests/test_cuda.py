@@ -1,0 +1,293 @@
+"""What only a GPU can show: no synchronisation, no allocation, graphs, size, streams, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from truth import TrueAdamW, assert_as_true_as_torch
+
+from fused_adamw import FusedAdamW
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+SHAPES = [(1,), (7,), (1023,), (1025,), (64, 33), (3, 5, 7), (5000,), ()]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    """Within the test, what waits for the GPU raises, once `torch.cuda.synchronize` was called."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def make(dtypes: list[torch.dtype] = DTYPES) -> list[torch.nn.Parameter]:
+    """Parameters of all shapes and dtypes, with gradients."""
+    params = [
+        torch.nn.Parameter(torch.randn(shape, device="cuda").to(dtype))
+        for dtype in dtypes
+        for shape in SHAPES
+    ]
+    new_grads(params)
+    return params
+
+
+def new_grads(params: list[torch.nn.Parameter]) -> None:
+    """Fresh gradients, in fresh memory."""
+    for p in params:
+        p.grad = torch.randn_like(p)
+
+
+def clones(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """The same values in other memory."""
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, copy in zip(params, copies, strict=True):
+        copy.grad = None if p.grad is None else p.grad.clone()
+    return copies
+
+
+def assert_equal_bits(a: list[torch.nn.Parameter], b: list[torch.nn.Parameter]) -> None:
+    """Name the first parameter that differs."""
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert torch.equal(x, y), f"param {i} {tuple(x.shape)} {x.dtype}: {(x - y).abs().max()}"
+
+
+@pytest.mark.usefixtures("no_sync")
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float-lr", "tensor-lr"])
+def test_never_waits_for_the_device(tensor_lr: bool) -> None:
+    lr = torch.tensor(1e-3, device="cuda") if tensor_lr else 1e-3
+    params = make()
+    half = len(params) // 2
+    adamw = FusedAdamW(
+        [{"params": params[:half]}, {"params": params[half:], "amsgrad": True}], lr=lr
+    )
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(adamw, 0.9)
+    adamw.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for i in range(5):
+        new_grads(params)
+        params[i].grad = None
+        adamw.step()
+        scheduler.step()
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_skip_without_the_host_knowing() -> None:
+    params = make([torch.float32])
+    adamw = FusedAdamW(params)
+    adamw.step()
+    before = clones(params)
+    adamw.grad_scale = torch.tensor(2.0, device="cuda")  # type: ignore[attr-defined]
+    adamw.found_inf = torch.tensor(1.0, device="cuda")  # type: ignore[attr-defined]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    adamw.step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert_equal_bits(params, before)
+    assert all(float(adamw.state[p]["step"]) == 1 for p in params)
+
+
+def test_allocates_nothing_after_the_first_step() -> None:
+    params = make()
+    adamw = FusedAdamW(params)
+    adamw.step()
+    torch.cuda.synchronize()
+    count = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for i in range(5):
+        adamw.param_groups[0]["lr"] = 10.0**-i
+        adamw.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == count
+
+
+@pytest.mark.parametrize("groups", [1, 40])
+def test_at_most_three_launches_and_one_copy(groups: int) -> None:
+    params = make() * 1
+    chunks = [params[i::groups] for i in range(groups)]
+    adamw = FusedAdamW([{"params": chunk} for chunk in chunks if chunk])
+    adamw.step()
+    new_grads(params)
+    adamw.param_groups[0]["lr"] = 0.5
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        adamw.step()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [e for e in on_gpu if e.name.startswith("Memcpy")]
+    kernels = [e for e in on_gpu if not e.name.startswith(("Memcpy", "Memset", "Optimizer"))]
+    assert len(copies) <= 1, [e.name for e in copies]
+    assert 1 <= len(kernels) <= 3, [e.name for e in kernels]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+def test_as_true_as_torchs_fused_kernel(dtype: torch.dtype, amsgrad: bool) -> None:
+    params = [torch.nn.Parameter(torch.randn(100_003, device="cuda").to(dtype))]
+    theirs = clones(params)
+    exact = TrueAdamW(params[0], amsgrad=amsgrad)
+    ours = FusedAdamW(params, amsgrad=amsgrad)
+    torchs = torch.optim.AdamW(theirs, amsgrad=amsgrad, fused=True)
+    for _ in range(1 if dtype in (torch.bfloat16, torch.float16) else 10):
+        new_grads(params)
+        assert params[0].grad is not None
+        theirs[0].grad = params[0].grad.clone()
+        exact.step(params[0].grad)
+        ours.step()
+        torchs.step()
+    mine, its = ours.state[params[0]], torchs.state[theirs[0]]
+    assert_as_true_as_torch(
+        [params[0], mine["exp_avg"], mine["exp_avg_sq"]],
+        [theirs[0], its["exp_avg"], its["exp_avg_sq"]],
+        [exact.p, exact.m, exact.v],
+    )
+
+
+def test_a_thousand_replays_of_a_graph_equal_eager_steps() -> None:
+    params = make()
+    twin = clones(params)
+    lr, twin_lr = (torch.tensor(1e-3, device="cuda") for _ in range(2))
+    captured, eager = FusedAdamW(params, lr=lr), FusedAdamW(twin, lr=twin_lr)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    eager.step()
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for i in range(1000):
+        lr.fill_(1e-3 / (i + 1))
+        twin_lr.fill_(1e-3 / (i + 1))
+        graph.replay()
+        eager.step()
+        if i == 500:  # an eager step of the captured optimizer between replays disturbs neither
+            new_grads_kept = [p.grad for p in params]
+            captured.step()
+            eager.step()
+            assert all(p.grad is g for p, g in zip(params, new_grads_kept, strict=True))
+    assert_equal_bits(params, twin)
+    assert {float(captured.state[p]["step"]) for p in params} == {1002.0}
+
+
+def test_capture_as_torchs_recipe_has_it() -> None:
+    # whole training step; gradients are set to None before the capture, so that each is new in it
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+    model.cuda()
+    twin = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+    twin.cuda()
+    twin.load_state_dict(model.state_dict())
+    ours, theirs = FusedAdamW(model.parameters()), torch.optim.AdamW(twin.parameters(), fused=True)
+    static = torch.randn(32, 64, device="cuda")
+
+    def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        net(x).square().mean().backward()
+        optimizer.step()
+
+    batches = [torch.randn(32, 64, device="cuda") for _ in range(20)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train(model, ours, static)
+    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(3):
+        train(twin, theirs, static)
+    graph = torch.cuda.CUDAGraph()
+    ours.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        model(static).square().mean().backward()
+        ours.step()
+    for x in batches:
+        static.copy_(x)
+        graph.replay()
+        train(twin, theirs, x)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # matmuls may take other algorithms
+
+
+def test_capture_without_a_step_before_it_says_so() -> None:
+    params = make([torch.float32])
+    adamw = FusedAdamW(params)
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="before its state exists"),
+        torch.cuda.graph(graph),
+    ):
+        adamw.step()
+    assert not adamw.state
+
+
+def test_more_than_2_to_the_31_elements_in_one_tensor() -> None:
+    # 2^31 + 8: the offset of the last vector does not fit into 32 bits. 17 GiB of bf16.
+    numel = 2**31 + 8
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GiB")
+    p = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16, device="cuda"))
+    p.grad = torch.ones_like(p)
+    adamw = FusedAdamW([p], lr=0.5, weight_decay=0.0)
+    adamw.step()
+    assert p.detach().min().item() == p.detach().max().item() == -0.5
+    assert adamw.state[p]["exp_avg"].min().item() > 0
+
+
+def test_two_streams() -> None:
+    params = make([torch.float32, torch.bfloat16])
+    twin = clones(params)
+    ours, expected = FusedAdamW(params), FusedAdamW(twin)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for i in range(20):
+        stream = streams[i % 2]
+        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(streams[1 - i % 2])
+        with torch.cuda.stream(stream):
+            new_grads(params)
+            for p, q in zip(params, twin, strict=True):
+                assert p.grad is not None
+                q.grad = p.grad.clone()
+            ours.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        expected.step()
+    assert_equal_bits(params, twin)
+
+
+def test_grad_scaler_with_overflows_follows_torchs_fused() -> None:
+    params = make([torch.float32])
+    twin = clones(params)
+    ours, theirs = FusedAdamW(params), torch.optim.AdamW(twin, fused=True)
+    scalers = [torch.amp.GradScaler("cuda", init_scale=4.0, growth_interval=2) for _ in range(2)]
+    for i in range(12):
+        for p, q in zip(params, twin, strict=True):
+            p.grad = torch.randn_like(p) * scalers[0].get_scale()
+            if i % 5 == 3:
+                p.grad.view(-1)[-1] = float("inf")
+            q.grad = p.grad.clone()
+        for scaler, optimizer in zip(scalers, (ours, theirs), strict=True):
+            scaler.scale(torch.zeros((), device="cuda"))  # as a loss would initialise it
+            scaler.step(optimizer)
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        for p, q in zip(params, twin, strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)  # powers of two: exact
+            torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-7)
+            assert float(ours.state[p]["step"]) == float(theirs.state[q]["step"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_devices_in_one_optimizer() -> None:
+    params = [torch.nn.Parameter(torch.randn(1000, device=f"cuda:{i}")) for i in range(2)]
+    twin = clones(params)
+    new_grads(params)
+    for p, q in zip(params, twin, strict=True):
+        assert p.grad is not None
+        q.grad = p.grad.clone()
+    FusedAdamW(params).step()
+    torch.optim.AdamW(twin, fused=True).step()
+    for p, q in zip(params, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

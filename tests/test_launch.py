@@ -1,0 +1,140 @@
+"""What a step uploads, and the memory of captured steps; capture is played on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fused_adamw import FusedAdamW, launch, optimizer
+from fused_adamw.kernels import table as t
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of words of each upload, as they happen."""
+    sizes: list[int] = []
+    write_words = t.write_words
+
+    def counted(table: t.Table, host: torch.Tensor) -> None:
+        sizes.append(len(host))
+        write_words(table, host)
+
+    monkeypatch.setattr(t, "write_words", counted)
+    return sizes
+
+
+def model(device: torch.device, count: int = 3) -> list[torch.nn.Parameter]:
+    """A few parameters with gradients, smaller than a block so that the interpreter is quick."""
+    params = [torch.nn.Parameter(torch.randn(5 + i, device=device)) for i in range(count)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+def test_uploads_only_what_moved(device: torch.device, uploads: list[int]) -> None:
+    params = model(device)
+    adamw = FusedAdamW(params, backend="triton")
+    adamw.step()
+    everything = t.GROUP_WORDS + 3 + 3 * t.TENSOR_WORDS + 3  # one chunk a tensor
+    assert uploads == [everything]
+    adamw.step()
+    assert uploads == [everything]  # nothing moved: no copy
+    adamw.param_groups[0]["lr"] = 0.5
+    adamw.step()
+    assert uploads[1:] == [t.GROUP_WORDS]
+    for p in params:
+        p.grad = torch.randn_like(p)  # the old one is alive while the new one is made: it moves
+    adamw.step()
+    assert uploads[2:] == [t.GROUP_WORDS + 3]
+    params[1].grad = None  # idle: a column, no rebuild
+    adamw.step()
+    assert uploads[3:] == [t.GROUP_WORDS + 3]
+    adamw.add_param_group({"params": model(device, 1)})
+    adamw.step()
+    assert uploads[4] > everything
+
+
+def test_a_device_scalar_is_never_uploaded_again(device: torch.device, uploads: list[int]) -> None:
+    lr = torch.tensor(1e-3, device=device)
+    adamw = FusedAdamW(model(device), lr=lr, backend="triton")
+    adamw.step()
+    lr.fill_(0.5)
+    adamw.step()
+    assert len(uploads) == 1
+
+
+class Recording:
+    """Plays a stream capture: launches run at once, and can be replayed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+
+    def __enter__(self) -> None:
+        for module in (launch, optimizer):
+            self._patch.setattr(module, "is_capturing", lambda device: True)
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+
+def test_captured_step_has_memory_of_its_own(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = model(device)
+    adamw = FusedAdamW(params, backend="triton")
+    adamw.step()
+    launcher = adamw._launchers[device]
+    with Recording(monkeypatch):
+        adamw.step()
+    (memory, host), eager = launcher.captured[0], launcher._memory
+    assert eager is not None
+    assert memory.words.data_ptr() != eager.words.data_ptr()
+    assert memory.scalars.data_ptr() != eager.scalars.data_ptr()
+    recorded, source = memory.words.clone(), host.clone()
+    assert torch.equal(recorded.cpu(), source)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    adamw.param_groups[0]["lr"] = 0.5
+    adamw.step()
+    adamw.load_state_dict(adamw.state_dict())
+    adamw.step()
+    assert torch.equal(memory.words, recorded)
+    assert torch.equal(host, source)
+    assert adamw._captured == [(memory, host)]  # alive as long as the optimizer
+
+
+def test_each_capture_wants_a_step_before_it(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = model(device)
+    adamw = FusedAdamW(params, backend="triton")
+    with Recording(monkeypatch), pytest.raises(RuntimeError, match="before its state exists"):
+        adamw.step()
+    assert not adamw.state
+    adamw.step()
+    with Recording(monkeypatch):
+        adamw.step()
+    before = [p.detach().clone() for p in params]
+    with Recording(monkeypatch), pytest.raises(RuntimeError, match="Run one step"):
+        adamw.step()
+    assert all(map(torch.equal, params, before))
+    assert [float(adamw.state[p]["step"]) for p in params] == [2, 2, 2]
+    adamw.step()
+    with Recording(monkeypatch):
+        adamw.step()
+    assert len(adamw._launchers[device].captured) == 2
+
+
+def test_memory_fits_only_its_own_size(device: torch.device) -> None:
+    adamw = FusedAdamW(model(device), backend="triton")
+    adamw.step()
+    plan = adamw._plan
+    assert plan is not None
+    table = dataclasses.replace(plan.tables[device], groups=t.frozen(t.np.zeros(9, t.np.int64)))
+    memory = t.allocate(table, device)
+    assert memory.fits(table)
+    assert not memory.fits(dataclasses.replace(table, n_tensors=4))
+    wide = t.Signature(*[torch.float64] * 4, amsgrad=False)
+    assert not memory.fits(dataclasses.replace(table, signatures=(wide,)))
