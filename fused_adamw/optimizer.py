@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,7 +13,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import plan as planning
 from . import reference
+from . import state as states
+from .checks import check_hypers
 from .launch import Launcher, group_words, is_capturing
+from .layouts import overlaps_itself
 from .plan import Entry, Plan
 
 Grads: TypeAlias = list[Tensor | None]
@@ -131,7 +133,7 @@ class FusedAdamW(Optimizer):
                 group["decoupled_weight_decay"] = own
             group["betas"] = _scalar_betas(group["betas"])
             check_hypers(group)
-        kept = planning.own_state(state["state"], state["param_groups"], _step_dtype())
+        kept = states.own_state(state["state"], state["param_groups"], _step_dtype())
         super().__setstate__({**state, "state": kept})
         self._forget()
 
@@ -218,12 +220,12 @@ class FusedAdamW(Optimizer):
         for device in on_kernel - self._launchers.keys():
             self._launchers[device] = Launcher(device)
         planning.refuse_shared_memory(entries.all, on_kernel, self.state)
-        if planning.lacks_state(entries.all, self.state) and any(map(is_capturing, devices)):
+        if states.lacks_state(entries.all, self.state) and any(map(is_capturing, devices)):
             raise RuntimeError(
                 "FusedAdamW.step() cannot be captured in a CUDA graph before its state exists. Run "
                 "at least one step() outside the capture, with gradients for the same parameters."
             )
-        planning.init_state(entries.all, self.state, _step_dtype())
+        states.init_state(entries.all, self.state, _step_dtype())
         self._plan = planning.make_plan(groups, grads, entries, self.state, on_kernel)
         return self._plan, planning.look(groups, grads, entries, self.state)[1]
 
@@ -307,39 +309,6 @@ class FusedAdamW(Optimizer):
         )
 
 
-def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
-    """Raise ValueError for a hyper-parameter out of its range; torch's words first.
-
-    Schedulers reach the end of a cosine a rounding error below 0, which torch lets pass: so a
-    group's lr need only be finite, and `min_lr` = 0 is for what a user passes in. Device tensors
-    are checked with `min_lr` alone, since reading one waits for the device.
-    """
-    construct = min_lr == 0
-
-    def value(x: Any, what: str) -> float | None:
-        if isinstance(x, Tensor):
-            if x.numel() != 1:
-                raise ValueError(f"Tensor {what} must be 1-element, but it has {x.numel()}")
-            return float(x) if construct or x.device.type == "cpu" else None
-        return float(x)
-
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    if isinstance(beta1, Tensor) != isinstance(beta2, Tensor):
-        raise ValueError("betas must be either both floats or both Tensors")
-    rate = value(lr, "lr")
-    if rate is not None and not (min_lr <= rate and math.isfinite(rate)):
-        raise ValueError(f"Invalid learning rate: {lr} (want a finite number >= 0)")
-    for index, beta in enumerate((beta1, beta2)):
-        b = value(beta, f"betas[{index}]")
-        if b is not None and not 0.0 <= b < 1.0:
-            raise ValueError(
-                f"Invalid beta parameter at index {index}: {beta} (want 0 <= beta < 1)"
-            )
-    for key, words in (("eps", "epsilon"), ("weight_decay", "weight_decay")):
-        if not (group[key] >= 0.0 and math.isfinite(group[key])):
-            raise ValueError(f"Invalid {words} value: {group[key]} (want a finite number >= 0)")
-
-
 def _scalar_betas(betas: Sequence[float | Tensor]) -> tuple[float | Tensor, ...]:
     # 0-dim, as torch keeps them
     return tuple(b.squeeze() if isinstance(b, Tensor) and b.dim() else b for b in betas)
@@ -356,7 +325,7 @@ def _copy_if(target: Tensor | None, source: Tensor) -> None:
 
 def _put_grad(e: Entry, grad: Tensor) -> None:
     """Leave the unscaled gradient where the user's is; an expanded one gets memory of its own."""
-    if planning.overlaps_itself(grad):
+    if overlaps_itself(grad):
         e.param.grad = e.grad_copy.clone() if e.grad_copy is not None else grad
     elif e.grad_copy is not None:
         grad.copy_(e.grad_copy)

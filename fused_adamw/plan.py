@@ -9,10 +9,8 @@ alive, so that a trainer can move states to the CPU and get their memory back.
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
-from copy import deepcopy
-from itertools import compress, pairwise
+from itertools import compress
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -20,36 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_tensors, param_name, refuse_overlaps
 from .kernels import table as t
+from .layouts import (
+    REALS,
+    GradLayout,
+    Layouts,
+    grad_layout,
+    is_dense,
+    layouts_of,
+    same_strides,
+)
 
 Groups = Sequence[Mapping[str, Any]]
 State = MutableMapping[Tensor, dict[str, Any]]
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_REALS = {torch.complex128: torch.float64, torch.complex64: torch.float32}
-
-
-class Layouts(NamedTuple):
-    """Dtypes and layouts of many tensors, in lists that are quick to make and to compare.
-
-    Shape and strides are listed where they matter: contiguous tensors are told apart by numel.
-    """
-
-    dtypes: list[torch.dtype]
-    numels: list[int]
-    contiguous: list[bool]
-    others: list[tuple[torch.Size, tuple[int, ...]]]
-    conjugated: list[bool]  # empty where nothing is complex
-
-
-class GradLayout(NamedTuple):
-    """What a gradient is besides its address."""
-
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-    numel: int
-    lazy: bool  # conjugated or negated only when read
 
 
 class Entry(NamedTuple):
@@ -128,162 +110,16 @@ def look(
     new = Look(
         groups=[(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups],
         params=list(map(Tensor.data_ptr, params)),
-        param_layouts=_layouts(params),
+        param_layouts=layouts_of(params),
         states=[*map(Tensor.data_ptr, steps), *map(Tensor.data_ptr, moments)],
         present=[g is not None for g in grads],
         grads=list(map(Tensor.data_ptr, here)),
-        grad_layouts=_layouts(here),
+        grad_layouts=layouts_of(here),
     )
     if len(here) == len(entries.params) == len(params):
         return new, params + moments
     busy = [(e, s) for e, s in zip(entries.all, states, strict=True) if grads[e.place] is not None]
     return new, [x for e, s in busy for x in (e.param, *(s[key] for key in e.moments))]
-
-
-def _layouts(tensors: list[Tensor]) -> Layouts:
-    dtypes = [x.dtype for x in tensors]
-    contiguous = list(map(Tensor.is_contiguous, tensors))
-    others = []
-    if not all(contiguous):
-        others = [(x.shape, x.stride()) for x in tensors if not x.is_contiguous()]
-    conjugated = []
-    if any(dtype.is_complex for dtype in set(dtypes)):
-        conjugated = [x.is_conj() for x in tensors]
-    return Layouts(dtypes, list(map(Tensor.numel, tensors)), contiguous, others, conjugated)
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
-    if x.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def same_strides(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether equal indices lie at equal offsets; strides of size-1 dimensions say nothing."""
-    return (
-        a == b or all(n == 1 or x == y for n, x, y in zip(shape, a, b, strict=True)) or 0 in shape
-    )
-
-
-def overlaps_itself(x: Tensor) -> bool:
-    """Whether several indices share an element, as in an expanded tensor."""
-    reach = 0
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return x.numel() > 0
-            reach += (size - 1) * stride
-    return False
-
-
-def check_entry(name: str, param: Tensor, grad: Tensor | None, state: Mapping[str, Any]) -> None:
-    """Raise on what a step cannot update, before it has changed anything."""
-    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(
-            f"{name} is a {type(param).__name__}, a tensor subclass whose memory FusedAdamW does "
-            "not know how to find. Pass plain tensors, or optimize it with torch.optim.AdamW."
-        )
-    if param.layout != torch.strided or _REALS.get(param.dtype, param.dtype) not in FLOATS:
-        raise TypeError(
-            f"{name} is a {param.layout} tensor of {param.dtype}; FusedAdamW updates strided "
-            f"tensors of {', '.join(map(str, (*FLOATS, *_REALS)))}."
-        )
-    if overlaps_itself(param):
-        raise RuntimeError(
-            f"{name} has overlapping elements (shape {tuple(param.shape)}, strides "
-            f"{param.stride()}), so that one update would be written over another. Expanded "
-            "tensors cannot be optimized: use .clone() to give each element memory of its own."
-        )
-    if grad is not None:
-        _check_grad(name, param, grad)
-    if state:
-        _check_state(name, param, state)
-
-
-def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            "FusedAdamW does not support sparse gradients, please consider SparseAdam instead "
-            f"({name}.grad is {grad.layout})"
-        )
-    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(
-            f"{name}.grad is a {type(grad).__name__} while the param is a plain tensor; assign a "
-            "plain tensor."
-        )
-    if grad.device != param.device or grad.shape != param.shape:
-        raise RuntimeError(
-            f"{name} is on {param.device} with shape {tuple(param.shape)} but its gradient is on "
-            f"{grad.device} with shape {tuple(grad.shape)}. Move or recompute the gradient: run "
-            "zero_grad() and backward() after the parameter has changed."
-        )
-    real = _REALS.get(grad.dtype, grad.dtype)
-    if grad.is_complex() != param.is_complex() or real not in FLOATS:
-        raise TypeError(f"{name} is {param.dtype} but its gradient is {grad.dtype}.")
-
-
-def _check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
-    if missing:
-        raise RuntimeError(
-            f"The state of {name} has {sorted(state)} but not {missing}. Load a whole checkpoint "
-            "of an AdamW optimizer, or delete optimizer.state[param] to start it anew."
-        )
-    for key in _MOMENTS:
-        x = state.get(key)
-        if x is None:
-            continue
-        if x.device != param.device or x.shape != param.shape:
-            raise RuntimeError(
-                f"{key} of {name} is on {x.device} with shape {tuple(x.shape)} but the param is on "
-                f"{param.device} with shape {tuple(param.shape)}. Bring the state back to the "
-                "param's device before the step, or call load_state_dict, which does so."
-            )
-        if x.is_complex() != param.is_complex() or _REALS.get(x.dtype, x.dtype) not in FLOATS:
-            raise TypeError(f"{key} of {name} is {x.dtype} while the param is {param.dtype}.")
-    maximum = state.get("max_exp_avg_sq")
-    if maximum is not None and maximum.dtype != state["exp_avg_sq"].dtype:
-        raise TypeError(
-            f"max_exp_avg_sq of {name} is {maximum.dtype} but exp_avg_sq is "
-            f"{state['exp_avg_sq'].dtype}; they are kept in one dtype."
-        )
-
-
-def refuse_shared_memory(
-    entries: Iterable[Entry], devices: Collection[torch.device], state: State
-) -> None:
-    """Raise ValueError where one launch would update the same elements twice at once."""
-    spans = sorted(
-        (x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize, f"{what} of {e.name}")
-        for e in entries
-        if e.param.device in devices
-        for what, x in (
-            ("memory", e.param if e.dense is None else e.dense),
-            *state.get(e.param, {}).items(),
-        )
-        if what in ("memory", *e.moments) and x.numel()
-    )
-    for (_, end, one), (start, _, other) in pairwise(spans):
-        if start < end:
-            raise ValueError(
-                f"{one} and {other} overlap: one launch would update the same elements twice at "
-                "once. Give each its own memory (.clone()), or share a weight by registering one "
-                "Parameter object in both modules."
-            )
-
-
-def param_name(group: Mapping[str, Any], number: int, position: int) -> str:
-    """How messages call a param: its name if groups were made from named_parameters()."""
-    if "param_names" in group:
-        return str(group["param_names"][position])
-    return f"param_groups[{number}]['params'][{position}]"
 
 
 def make_entries(
@@ -303,7 +139,7 @@ def make_entries(
             if group["differentiable"] or (grad is None and not kept):
                 continue
             name = param_name(group, number, position)
-            check_entry(name, p, grad, kept)
+            check_tensors(name, p, grad, kept)
             if grad is not None:
                 layout = grad_layout(grad)
             else:
@@ -312,12 +148,6 @@ def make_entries(
                     layout = known[place][1]
             entries.append(Entry(place, number, name, p, moments, layout, None, None))
     return Entries.of([_with_copies(e) for e in entries])
-
-
-def grad_layout(grad: Tensor) -> GradLayout:
-    """The layout of a strided gradient."""
-    lazy = grad.is_conj() or grad.is_neg()
-    return GradLayout(grad.dtype, grad.stride(), grad.numel(), lazy)
 
 
 def _with_copies(e: Entry) -> Entry:
@@ -331,81 +161,20 @@ def _with_copies(e: Entry) -> Entry:
     return e._replace(dense=dense)
 
 
-def lacks_state(entries: Iterable[Entry], state: State) -> bool:
-    """Whether `init_state` has anything to allocate."""
-    return any(key not in state.get(e.param, ()) for e in entries for key in (*e.moments, "step"))
-
-
-def init_state(entries: Sequence[Entry], state: State, step_dtype: torch.dtype) -> None:
-    """Give each entry what is missing of its state, in the param's layout.
-
-    Steps are packed by device. Nothing here waits for a device.
-    """
-    unpacked: dict[torch.device, list[dict[str, Any]]] = {}
-    for e in entries:
-        s, like = state[e.param], e.param if e.dense is None else e.dense
-        for key in e.moments:
-            if key not in s:
-                s[key] = torch.zeros_like(like, memory_format=torch.preserve_format)
-            elif not same_strides(like.shape, s[key].stride(), like.stride()):
-                s[key] = torch.empty_like(like, dtype=s[key].dtype).copy_(s[key])
-        step = s.get("step")
-        if (
-            not isinstance(step, Tensor)
-            or step.device != like.device
-            or step.dtype not in FLOATS[:2]
-            or step.dim()
-        ):
-            unpacked.setdefault(like.device, []).append(s)
-    for device, states in unpacked.items():
-        values = [float(s.get("step", 0)) for s in states]
-        for s, step in zip(states, pack_steps(values, step_dtype, device), strict=True):
-            s["step"] = step
-
-
-def pack_steps(
-    values: Sequence[float], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Step counters, 0-dim, as views of one tensor on the device."""
-    host = torch.tensor(values, dtype=dtype, device="cpu")
-    if device.type != "cpu":
-        host = host.pin_memory().to(device, non_blocking=True)
-    return host.unbind()
-
-
-def own_state(
-    state: Mapping[Any, Any], groups: Groups, step_dtype: torch.dtype
-) -> defaultdict[Any, dict[str, Any]]:
-    """A copy of loaded state that shares no memory with it, in the params' dtype and layout.
-
-    Steps are packed by device; old checkpoints keep them as Python numbers.
-
-    Raises:
-        RuntimeError, TypeError: a state that does not fit its param.
-    """
-    own: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-    own.update({key: value for key, value in state.items() if not isinstance(key, Tensor)})
-    steps: dict[torch.device, list[tuple[dict[str, Any], Any]]] = {}
-    for number, group in enumerate(groups):
-        for position, p in enumerate(group["params"]):
-            if not state.get(p):
-                continue
-            name = param_name(group, number, position)
-            _check_state(name, p, state[p])
-            like = p if is_dense(p) else torch.empty_like(p, memory_format=torch.preserve_format)
-            own[p] = {
-                key: torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x)
-                if key in _MOMENTS
-                else deepcopy(x)
-                for key, x in state[p].items()
-                if key != "step"
-            }
-            steps.setdefault(p.device, []).append((own[p], state[p]["step"]))
-    for device, loaded in steps.items():
-        values = [float(x) for _, x in loaded]
-        for (s, _), step in zip(loaded, pack_steps(values, step_dtype, device), strict=True):
-            s["step"] = step
-    return own
+def refuse_shared_memory(
+    entries: Iterable[Entry], devices: Collection[torch.device], state: State
+) -> None:
+    """Raise ValueError where tensors of one table overlap."""
+    refuse_overlaps(
+        (x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize, f"{what} of {e.name}")
+        for e in entries
+        if e.param.device in devices
+        for what, x in (
+            ("memory", e.param if e.dense is None else e.dense),
+            *state.get(e.param, {}).items(),
+        )
+        if what in ("memory", *e.moments) and x.numel()
+    )
 
 
 def make_plan(
@@ -469,7 +238,7 @@ def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.W
 def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
     param = e.param if e.dense is None else e.dense
     moments = [state[key] for key in e.moments]
-    dtypes = [_REALS.get(d, d) for d in (param.dtype, e.grad.dtype, *(m.dtype for m in moments))]
+    dtypes = [REALS.get(d, d) for d in (param.dtype, e.grad.dtype, *(m.dtype for m in moments))]
     at = [m.data_ptr() for m in moments]
     return t.Row(
         param=param.data_ptr(),

@@ -1,0 +1,142 @@
+"""What is refused, with the cure, before a step or a load has changed anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layouts import FLOATS, REALS, overlaps_itself
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
+    """Raise ValueError for a hyper-parameter out of its range; torch's words first.
+
+    Schedulers reach the end of a cosine a rounding error below 0, which torch lets pass: so a
+    group's lr need only be finite, and `min_lr` = 0 is for what a user passes in. Device tensors
+    are checked with `min_lr` alone, since reading one waits for the device.
+    """
+    construct = min_lr == 0
+
+    def value(x: Any, what: str) -> float | None:
+        if isinstance(x, Tensor):
+            if x.numel() != 1:
+                raise ValueError(f"Tensor {what} must be 1-element, but it has {x.numel()}")
+            return float(x) if construct or x.device.type == "cpu" else None
+        return float(x)
+
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    if isinstance(beta1, Tensor) != isinstance(beta2, Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    rate = value(lr, "lr")
+    if rate is not None and not (min_lr <= rate and math.isfinite(rate)):
+        raise ValueError(f"Invalid learning rate: {lr} (want a finite number >= 0)")
+    for index, beta in enumerate((beta1, beta2)):
+        b = value(beta, f"betas[{index}]")
+        if b is not None and not 0.0 <= b < 1.0:
+            raise ValueError(
+                f"Invalid beta parameter at index {index}: {beta} (want 0 <= beta < 1)"
+            )
+    for key, words in (("eps", "epsilon"), ("weight_decay", "weight_decay")):
+        if not (group[key] >= 0.0 and math.isfinite(group[key])):
+            raise ValueError(f"Invalid {words} value: {group[key]} (want a finite number >= 0)")
+
+
+def check_tensors(name: str, param: Tensor, grad: Tensor | None, state: Mapping[str, Any]) -> None:
+    """Raise on what a step cannot update, before it has changed anything."""
+    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{name} is a {type(param).__name__}, a tensor subclass whose memory FusedAdamW does "
+            "not know how to find. Pass plain tensors, or optimize it with torch.optim.AdamW."
+        )
+    if param.layout != torch.strided or REALS.get(param.dtype, param.dtype) not in FLOATS:
+        raise TypeError(
+            f"{name} is a {param.layout} tensor of {param.dtype}; FusedAdamW updates strided "
+            f"tensors of {', '.join(map(str, (*FLOATS, *REALS)))}."
+        )
+    if overlaps_itself(param):
+        raise RuntimeError(
+            f"{name} has overlapping elements (shape {tuple(param.shape)}, strides "
+            f"{param.stride()}), so that one update would be written over another. Expanded "
+            "tensors cannot be optimized: use .clone() to give each element memory of its own."
+        )
+    if grad is not None:
+        _check_grad(name, param, grad)
+    if state:
+        check_state(name, param, state)
+
+
+def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            "FusedAdamW does not support sparse gradients, please consider SparseAdam instead "
+            f"({name}.grad is {grad.layout})"
+        )
+    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{name}.grad is a {type(grad).__name__} while the param is a plain tensor; assign a "
+            "plain tensor."
+        )
+    if grad.device != param.device or grad.shape != param.shape:
+        raise RuntimeError(
+            f"{name} is on {param.device} with shape {tuple(param.shape)} but its gradient is on "
+            f"{grad.device} with shape {tuple(grad.shape)}. Move or recompute the gradient: run "
+            "zero_grad() and backward() after the parameter has changed."
+        )
+    real = REALS.get(grad.dtype, grad.dtype)
+    if grad.is_complex() != param.is_complex() or real not in FLOATS:
+        raise TypeError(f"{name} is {param.dtype} but its gradient is {grad.dtype}.")
+
+
+def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+    if missing:
+        raise RuntimeError(
+            f"The state of {name} has {sorted(state)} but not {missing}. Load a whole checkpoint "
+            "of an AdamW optimizer, or delete optimizer.state[param] to start it anew."
+        )
+    for key in MOMENTS:
+        x = state.get(key)
+        if x is None:
+            continue
+        if x.device != param.device or x.shape != param.shape:
+            raise RuntimeError(
+                f"{key} of {name} is on {x.device} with shape {tuple(x.shape)} but the param is on "
+                f"{param.device} with shape {tuple(param.shape)}. Bring the state back to the "
+                "param's device before the step, or call load_state_dict, which does so."
+            )
+        if x.is_complex() != param.is_complex() or REALS.get(x.dtype, x.dtype) not in FLOATS:
+            raise TypeError(f"{key} of {name} is {x.dtype} while the param is {param.dtype}.")
+    maximum = state.get("max_exp_avg_sq")
+    if maximum is not None and maximum.dtype != state["exp_avg_sq"].dtype:
+        raise TypeError(
+            f"max_exp_avg_sq of {name} is {maximum.dtype} but exp_avg_sq is "
+            f"{state['exp_avg_sq'].dtype}; they are kept in one dtype."
+        )
+
+
+def refuse_overlaps(spans: Iterable[tuple[int, int, str]]) -> None:
+    """Raise ValueError where one launch would update the same elements twice at once.
+
+    spans: first address, address behind the last, what lies there.
+    """
+    for (_, end, one), (start, _, other) in pairwise(sorted(spans)):
+        if start < end:
+            raise ValueError(
+                f"{one} and {other} overlap: one launch would update the same elements twice at "
+                "once. Give each its own memory (.clone()), or share a weight by registering one "
+                "Parameter object in both modules."
+            )
+
+
+def param_name(group: Mapping[str, Any], number: int, position: int) -> str:
+    """How messages call a param: its name if groups were made from named_parameters()."""
+    if "param_names" in group:
+        return str(group["param_names"][position])
+    return f"param_groups[{number}]['params'][{position}]"
