@@ -55,10 +55,15 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def group_words(
-    groups: Sequence[Mapping[str, Any]], device: torch.device
-) -> tuple[t.Words, list[Tensor]]:
-    """The groups' rows of the table, and the device scalars that they point to.
+class GroupRows(NamedTuple):
+    """The groups' rows of the table, and the device scalars that they point to."""
+
+    words: t.Words
+    alive: list[Tensor]
+
+
+def group_rows(groups: Sequence[Mapping[str, Any]], device: torch.device) -> GroupRows:
+    """Rows of hyper-parameters for the tables of a device.
 
     A tensor on a device stays there: the kernel reads it, so that no one waits for it and a
     captured graph follows it. One on the CPU is read here, and frozen in a graph as floats are.
@@ -80,7 +85,7 @@ def group_words(
             else:
                 value[t.LR + i] = float(x)
         row[t.FLAGS] = flags
-    return words.ravel(), alive
+    return GroupRows(t.frozen(words.ravel()), alive)
 
 
 class Launcher:
@@ -103,13 +108,13 @@ class Launcher:
     def launch(
         self,
         table: t.Table,
-        groups: t.Words,
+        groups: GroupRows,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         """Update the table's tensors; grad_scale and found_inf as GradScaler sets them."""
-        if not np.array_equal(groups, self._groups):
-            self._groups = t.frozen(groups)
+        if groups.words is not self._groups and not np.array_equal(groups.words, self._groups):
+            self._groups = groups.words
         table = dataclasses.replace(table, groups=self._groups)
         with self._current_device():
             grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)

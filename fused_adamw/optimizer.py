@@ -15,13 +15,14 @@ from . import plan as planning
 from . import reference
 from . import state as states
 from .checks import check_hypers
-from .launch import Launcher, group_words, is_capturing
+from .launch import GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
 from .plan import Entry, Plan
 
 Grads: TypeAlias = list[Tensor | None]
 
 Backend = Literal["auto", "triton", "reference"]
+_DECOUPLED = "decoupled_weight_decay"
 _KERNEL_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
 
@@ -107,7 +108,8 @@ class FusedAdamW(Optimizer):
     def _forget(self) -> None:
         """Drop what is derived from params, groups and state."""
         self._plan: Plan | None = None
-        self._hypers: list[tuple[Any, ...]] = []  # as checked last
+        self._hypers: list[tuple[Any, ...]] = []  # as checked last, where all are numbers
+        self._rows: dict[torch.device, GroupRows] = {}  # made of them
         # Graphs read and write the memory of their captured steps for as long as they live.
         self._captured = [
             c for x in self.__dict__.get("_launchers", {}).values() for c in x.captured
@@ -129,8 +131,7 @@ class FusedAdamW(Optimizer):
             for key, value in defaults.items():
                 group.setdefault(key, value)
             if own_groups is not None:
-                own = own_groups[number]["decoupled_weight_decay"]
-                group["decoupled_weight_decay"] = own
+                group[_DECOUPLED] = own_groups[number][_DECOUPLED]
             group["betas"] = _scalar_betas(group["betas"])
             check_hypers(group)
         kept = states.own_state(state["state"], state["param_groups"], _step_dtype())
@@ -145,9 +146,8 @@ class FusedAdamW(Optimizer):
         """
         if isinstance(param_group, dict):
             check_hypers({**self.defaults, **param_group}, min_lr=0.0)
-            if "betas" in param_group:
-                param_group = {**param_group, "betas": _scalar_betas(param_group["betas"])}
         super().add_param_group(param_group)
+        self.param_groups[-1]["betas"] = _scalar_betas(self.param_groups[-1]["betas"])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -181,10 +181,9 @@ class FusedAdamW(Optimizer):
                     _copy_if(e.grad_copy, grad)
             for device, entries in plan.by_device.items():
                 if device in plan.tables:
-                    words, alive = group_words(self.param_groups, device)
+                    rows = self._group_rows(device)
                     launcher = self._launchers[device]
-                    launcher.launch(plan.tables[device], words, grad_scale, found_inf)
-                    del alive
+                    launcher.launch(plan.tables[device], rows, grad_scale, found_inf)
                 else:
                     self._run_reference(entries, grads, grad_scale, found_inf)
             for e in plan.copied:
@@ -235,16 +234,23 @@ class FusedAdamW(Optimizer):
         return self.backend == "triton"
 
     def _check_changed_hypers(self) -> None:
+        """Check hyper-parameters that are not as they were, and forget the rows made of them."""
         values = [
-            (g["lr"], g["betas"], g["eps"], g["weight_decay"], g["maximize"])
+            (g["lr"], g["betas"], g["eps"], g["weight_decay"], g["maximize"], g[_DECOUPLED])
             for g in self.param_groups
         ]
         if any(isinstance(x, Tensor) for v in values for x in (v[0], *v[1])):
-            values = []  # comparing device tensors would wait for them
+            values = []  # they change in place, and comparing them would wait for the device
         if not values or values != self._hypers:
             for group in self.param_groups:
                 check_hypers(group)
-            self._hypers = values
+            self._hypers, self._rows = values, {}
+
+    def _group_rows(self, device: torch.device) -> GroupRows:
+        rows = self._rows.get(device)
+        if rows is None:
+            rows = self._rows[device] = group_rows(self.param_groups, device)
+        return rows
 
     def _run_reference(
         self,
