@@ -28,7 +28,7 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
         if isinstance(x, Tensor):
             if x.numel() != 1:
                 raise ValueError(f"Tensor {what} must be 1-element, but it has {x.numel()}")
-            return float(x) if construct or x.device.type == "cpu" else None
+            return float(x.detach()) if construct or x.device.type == "cpu" else None
         return float(x)
 
     lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -59,6 +59,11 @@ def check_tensors(name: str, param: Tensor, grad: Tensor | None, state: Mapping[
         raise TypeError(
             f"{name} is a {param.layout} tensor of {param.dtype}; FusedAdamW updates strided "
             f"tensors of {', '.join(map(str, (*FLOATS, *REALS)))}."
+        )
+    if param.is_conj() or param.is_neg():
+        raise RuntimeError(
+            f"{name} is conjugated or negated only when it is read, so that its memory holds other "
+            "values than it shows. Use .resolve_conj().resolve_neg() to make a plain tensor."
         )
     if overlaps_itself(param):
         raise RuntimeError(
@@ -113,6 +118,12 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
             )
         if x.is_complex() != param.is_complex() or REALS.get(x.dtype, x.dtype) not in FLOATS:
             raise TypeError(f"{key} of {name} is {x.dtype} while the param is {param.dtype}.")
+    step = state["step"]
+    if isinstance(step, Tensor) and (step.numel() != 1 or step.device.type == "meta"):
+        raise RuntimeError(
+            f"step of {name} is on {step.device} with shape {tuple(step.shape)}; it is the number "
+            "of updates so far: a number, or a tensor of one element."
+        )
     maximum = state.get("max_exp_avg_sq")
     if maximum is not None and maximum.dtype != state["exp_avg_sq"].dtype:
         raise TypeError(

@@ -83,7 +83,7 @@ def group_rows(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Gro
                 flags |= t.SCALAR_CODES[dtype] << (t.CODES_SHIFT + 2 * i)
                 alive.append(scalar)
             else:
-                value[t.LR + i] = float(x)
+                value[t.LR + i] = float(x.detach() if isinstance(x, Tensor) else x)
         row[t.FLAGS] = flags
     return GroupRows(t.frozen(words.ravel()), alive)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,60 @@ class Layouts(NamedTuple):
     numels: list[int]
     contiguous: list[bool]
     others: list[tuple[torch.Size, tuple[int, ...]]]
-    conjugated: list[bool]  # empty where nothing is complex
+    lazy: list[bool]
+
+
+def layouts_of(tensors: Sequence[Tensor]) -> Layouts:
+    """The layouts of strided tensors."""
+    contiguous = list(map(Tensor.is_contiguous, tensors))
+    return Layouts(
+        dtypes=[x.dtype for x in tensors],
+        numels=list(map(Tensor.numel, tensors)),
+        contiguous=contiguous,
+        others=[
+            (x.shape, x.stride()) for x, plain in zip(tensors, contiguous, strict=True) if not plain
+        ],
+        lazy=[x.is_conj() or x.is_neg() for x in tensors],
+    )
+
+
+class Kinds:
+    """What tensors were besides their addresses; keeps none of them alive.
+
+    torch's compiled-code guards compare dtype, sizes, strides and lazy bits of all tensors in one
+    call: 0.08 us a tensor, where Python's lists take 0.25. They are private, so whatever they do
+    not say, or do not exist to say, the lists decide.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._layouts = layouts_of(tensors)
+        self._guards: Any = None
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors are of the same kinds, one by one."""
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        if layouts_of(tensors) != self._layouts:
+            return False
+        self._guards = _guards(tensors)  # they held once: quick from now on
+        return True
+
+
+def _guards(tensors: Sequence[Tensor]) -> Any:
+    if not tensors:
+        return None
+    any_dim = [[None] * x.dim() for x in tensors]  # None: this size, and this stride, is fixed
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        # each takes a list for each tensor; torch's stub leaves out the outer one
+        return TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=any_dim,  # type: ignore[arg-type]
+            dynamic_dims_strides=any_dim,  # type: ignore[arg-type]
+        )
+    except (ImportError, TypeError, ValueError, RuntimeError):
+        return None
 
 
 class GradLayout(NamedTuple):
@@ -32,19 +85,6 @@ class GradLayout(NamedTuple):
     stride: tuple[int, ...]
     numel: int
     lazy: bool  # conjugated or negated only when read
-
-
-def layouts_of(tensors: Sequence[Tensor]) -> Layouts:
-    """The layouts of strided tensors."""
-    dtypes = [x.dtype for x in tensors]
-    contiguous = list(map(Tensor.is_contiguous, tensors))
-    others = []
-    if not all(contiguous):
-        others = [(x.shape, x.stride()) for x in tensors if not x.is_contiguous()]
-    conjugated = []
-    if any(dtype.is_complex for dtype in set(dtypes)):
-        conjugated = [x.is_conj() for x in tensors]
-    return Layouts(dtypes, list(map(Tensor.numel, tensors)), contiguous, others, conjugated)
 
 
 def grad_layout(grad: Tensor) -> GradLayout:

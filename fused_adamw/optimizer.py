@@ -204,15 +204,14 @@ class FusedAdamW(Optimizer):
         """The plan of this step and what it writes; all checks come before any change."""
         groups, plan = self.param_groups, self._plan
         if plan is not None:
-            try:
-                new, written = planning.look(groups, grads, plan.entries, self.state)
-            except (RuntimeError, KeyError, AttributeError, TypeError, NotImplementedError):
-                new = None  # something has no address: the checks below find the words for it
-            if new == plan.look:
-                return plan, written
-            if new is not None and (moved := planning.move_grads(plan, new, grads)) is not None:
-                self._plan = moved
-                return moved, written
+            new = planning.look(groups, grads, plan.entries, self.state)
+            if new is not None and plan.keeps_params(new):
+                if plan.keeps_grads(new):
+                    return plan, new.written
+                moved = planning.move_grads(plan, new, grads)
+                if moved is not None:
+                    self._plan = moved
+                    return moved, new.written
         entries = planning.make_entries(groups, grads, self.state, plan)
         devices = {e.param.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
@@ -225,8 +224,8 @@ class FusedAdamW(Optimizer):
                 "at least one step() outside the capture, with gradients for the same parameters."
             )
         states.init_state(entries.all, self.state, _step_dtype())
-        self._plan = planning.make_plan(groups, grads, entries, self.state, on_kernel)
-        return self._plan, planning.look(groups, grads, entries, self.state)[1]
+        self._plan, written = planning.make_plan(groups, grads, entries, self.state, on_kernel)
+        return self._plan, written
 
     def _has_kernel(self, device: torch.device) -> bool:
         if self.backend == "auto":

@@ -23,10 +23,9 @@ from .kernels import table as t
 from .layouts import (
     REALS,
     GradLayout,
-    Layouts,
+    Kinds,
     grad_layout,
     is_dense,
-    layouts_of,
     same_strides,
 )
 
@@ -65,27 +64,50 @@ class Entries(NamedTuple):
         return cls(tuple(entries), [e.param for e in entries], amsgrad)
 
 
-class Look(NamedTuple):
-    """What a plan was made from; while looks are equal the plan holds."""
+class Addresses(NamedTuple):
+    """Where everything is that a plan was made from."""
 
     groups: list[tuple[int, bool, bool]]  # number of params, amsgrad, differentiable
-    params: list[int]  # addresses
-    param_layouts: Layouts
-    states: list[int]  # addresses
+    params: list[int]
+    states: list[int]
     present: list[bool]  # whether each param has a gradient; empty: all have
-    grads: list[int]  # addresses of those present
-    grad_layouts: Layouts
+    grads: list[int]  # of those present
+
+
+class Look(NamedTuple):
+    """One look at all tensors of a step; not kept, since it would keep them alive."""
+
+    addresses: Addresses
+    params: list[Tensor]
+    states: list[Tensor]
+    grads: list[Tensor]  # those present
+    written: list[Tensor]  # params and states with a gradient
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Entries by device; a device that a kernel updates has a table, the others the reference."""
 
-    look: Look
+    addresses: Addresses
+    params: list[Tensor]
+    kinds: Kinds  # of params and states
+    grad_kinds: Kinds
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
     tables: dict[torch.device, t.Table]
+
+    def keeps_params(self, new: Look) -> bool:
+        """Whether groups, params and states are what the plan was made from."""
+        return (
+            new.addresses[:3] == self.addresses[:3]
+            and all(map(is_, new.params, self.params))
+            and self.kinds.hold(new.params + new.states)
+        )
+
+    def keeps_grads(self, new: Look) -> bool:
+        """Whether the gradients are what the plan was made from."""
+        return new.addresses[3:] == self.addresses[3:] and self.grad_kinds.hold(new.grads)
 
 
 def flat(groups: Groups) -> list[Tensor]:
@@ -97,39 +119,46 @@ def flat(groups: Groups) -> list[Tensor]:
 
 def look(
     groups: Groups, grads: Sequence[Tensor | None], entries: Entries, state: State
-) -> tuple[Look, list[Tensor]]:
-    """What a plan depends on, and which params and moments a step of it writes.
+) -> Look | None:
+    """Look at all tensors of a step: most of what it costs on the host (bench/host.py).
 
-    0.8 us a tensor, most of what a step costs on the host (bench/host.py). A tensor without an
-    address or strides (sparse, wrapped) raises its own error here.
+    None where something has no address, is sparse say, or has no state: no plan can hold then,
+    and the checks find the words for it.
     """
     params = flat(groups)
     here = [g for g in grads if g is not None]
     in_order = len(state) == len(entries.params) and all(map(is_, state, entries.params))
-    states = list(state.values() if in_order else map(state.__getitem__, entries.params))
-    moments: list[Tensor] = []
+    dicts = list(state.values() if in_order else map(state.__getitem__, entries.params))
+    states: list[Tensor] = []
     addresses: list[int] = []
-    for i in range(0, len(states), _IN_CACHE):
-        part = states[i : i + _IN_CACHE]
-        at = len(moments)
-        moments += [s["exp_avg"] for s in part]
-        moments += [s["exp_avg_sq"] for s in part]
-        moments += [s["max_exp_avg_sq"] for s in compress(part, entries.amsgrad[i:])]
-        addresses += map(Tensor.data_ptr, [s["step"] for s in part])
-        addresses += map(Tensor.data_ptr, moments[at:])
-    new = Look(
-        groups=[(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups],
-        params=list(map(Tensor.data_ptr, params)),
-        param_layouts=layouts_of(params),
-        states=addresses,
-        present=[] if len(here) == len(grads) else [g is not None for g in grads],
-        grads=list(map(Tensor.data_ptr, here)),
-        grad_layouts=layouts_of(here),
-    )
-    if len(here) == len(entries.params) == len(params):
-        return new, params + moments
-    busy = [(e, s) for e, s in zip(entries.all, states, strict=True) if grads[e.place] is not None]
-    return new, [x for e, s in busy for x in (e.param, *(s[key] for key in e.moments))]
+    try:
+        for i in range(0, len(dicts), _IN_CACHE):
+            part = dicts[i : i + _IN_CACHE]
+            at = len(states)
+            states += [s["exp_avg"] for s in part]
+            states += [s["exp_avg_sq"] for s in part]
+            states += [s["max_exp_avg_sq"] for s in compress(part, entries.amsgrad[i:])]
+            states += [s["step"] for s in part]
+            addresses += map(Tensor.data_ptr, states[at:])
+        where = Addresses(
+            groups=[(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups],
+            params=list(map(Tensor.data_ptr, params)),
+            states=addresses,
+            present=[] if len(here) == len(grads) else [g is not None for g in grads],
+            grads=list(map(Tensor.data_ptr, here)),
+        )
+    except (KeyError, TypeError, RuntimeError, NotImplementedError):
+        return None
+    written = params + states
+    if not len(here) == len(entries.params) == len(params):
+        has_grad = {e.param for e in entries.all if e.param.grad is not None}
+        written = [
+            x
+            for e, s in zip(entries.all, dicts, strict=True)
+            if e.param in has_grad
+            for x in (e.param, *(s[key] for key in (*e.moments, "step")))
+        ]
+    return Look(where, params, states, here, written)
 
 
 def make_entries(
@@ -193,14 +222,20 @@ def make_plan(
     entries: Entries,
     state: State,
     on_kernel: Collection[torch.device],
-) -> Plan:
-    """The plan for checked entries whose state is there."""
+) -> tuple[Plan, list[Tensor]]:
+    """The plan for checked entries whose state is there, and the tensors that its step writes."""
     by_device: dict[torch.device, list[Entry]] = {}
     for e in entries.all:
         by_device.setdefault(e.param.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
-    return Plan(
-        look=look(groups, grads, entries, state)[0],
+    seen = look(groups, grads, entries, state)
+    if seen is None:
+        raise RuntimeError("the state of a parameter changed while the step was being planned")
+    plan = Plan(
+        addresses=seen.addresses,
+        params=seen.params,
+        kinds=Kinds([*seen.params, *seen.states]),
+        grad_kinds=Kinds(seen.grads),
         entries=entries,
         copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),
         by_device={device: tuple(own) for device, own in by_device.items()},
@@ -214,25 +249,26 @@ def make_plan(
             for device in on_kernel
         },
     )
+    return plan, seen.written
 
 
 def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | None:
-    """The plan with other gradient addresses, or None where more than addresses has changed."""
-    old = plan.look
-    if new[:4] != old[:4]:  # groups, params and states
-        return None
-    if new.present != old.present:  # experts idle in some steps: what comes back must be as it was
+    """The plan with gradients elsewhere, or None where more than their addresses has changed."""
+    kinds = plan.grad_kinds
+    if new.addresses.present != plan.addresses.present:
+        # experts idle in some steps: what comes back must be as it was
         known = {e.place: e.grad for e in plan.entries.all}
         for place, grad in enumerate(grads):
             if grad is not None and known.get(place) != grad_layout(grad):
                 return None
-    elif new.grad_layouts != old.grad_layouts:
+        kinds = Kinds(new.grads)
+    elif not kinds.hold(new.grads):
         return None
     tables = {
         device: dataclasses.replace(table, grads=grad_column(plan.by_device[device], grads))
         for device, table in plan.tables.items()
     }
-    return dataclasses.replace(plan, look=new, tables=tables)
+    return dataclasses.replace(plan, addresses=new.addresses, grad_kinds=kinds, tables=tables)
 
 
 def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.Words:

@@ -32,7 +32,9 @@ class Scalars(NamedTuple):
 
 def schedule(group: Mapping[str, Any], step: float, grad_scale: float = 1.0) -> Scalars:
     """Scalars of the `step`-th update (counted from 1) under the hyper-parameters of `group`."""
-    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+    lr, beta1, beta2 = (
+        float(x.detach() if isinstance(x, Tensor) else x) for x in (group["lr"], *group["betas"])
+    )
     decoupled = group["decoupled_weight_decay"]
     unscale = 1 / grad_scale if grad_scale else float("inf")
     return Scalars(

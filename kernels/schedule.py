@@ -110,7 +110,8 @@ def _schedule(
 
     active = mask & (tl.load(grads + tensor, mask=mask, other=0) != 0)
     if found_inf is not None:  # a sum over devices: anything but 0 skips the step
-        active = active & (tl.load(found_inf) == 0)
+        # as a vector: the interpreter cannot `&` a block with a scalar's comparison
+        active = active & (tl.load(found_inf + tensor * 0, mask=mask, other=0) == 0)
 
     row = tensors + tensor * _TENSOR_WORDS
     step_at = tl.load(row + _STEP, mask=mask, other=0)
