@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def _bf16_rounds_to_nearest() -> Iterator[None]:
-    # The interpreter truncates float32 -> bfloat16 where every GPU rounds to nearest even. What
+    # The interpreter truncates float32 -> bfloat16 where every GPU rounds to nearest even, and
+    # takes float64 -> bfloat16 for a conversion to integers (torch goes by float32, as here). What
     # else it cannot represent: it rounds tl.fma twice, and its division and square root are IEEE
     # where the GPU's are approximate.
     if ON_CUDA:
@@ -49,8 +51,16 @@ def _bf16_rounds_to_nearest() -> Iterator[None]:
         out: npt.NDArray[np.generic] = convert(x, source, target, mode)
         return out
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def by_float32(self: Any, source: Any, target: tl.dtype) -> Any:
+        if source.dtype.scalar == tl.float64 and target.scalar == tl.bfloat16:
+            source = cast(self, source, tl.float32)
+        return cast(self, source, target)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", to_nearest)
+        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", by_float32)
         yield
 
 

@@ -1,0 +1,362 @@
+"""Compile the kernels for GPUs that need not be there, and list what the compilers made of them.
+
+    python bench/codegen.py                                        # the sets below, every target
+    python bench/codegen.py --targets sm_90 --sets triples         # each (param, grad, state) alone
+    python bench/codegen.py --sets fp32 bf16/fp32/bf16 --json OUT  # the numbers, for a program
+
+The kernels are launched by their own launchers, under a driver that only names a target, and stop
+before the launch itself: dtypes, specialisation and options are those of a real step. A row shows
+the registers of a thread, bytes it spills, shared memory of a program, instructions in all, those
+an element costs on the vector path (where only one signature is compiled), and how many loads and
+stores of tensor elements a thread has, by width in bits. The last two tell what tests/
+test_generated_code.py asserts: the vector path moves 128 bits at a time, the other one element.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from fused_adamw.kernels import adamw, schedule
+from fused_adamw.kernels import table as t
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),  # A100
+    "sm_90": GPUTarget("cuda", 90, 32),  # H100, H200
+    "sm_100": GPUTarget("cuda", 100, 32),  # B200
+    "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300
+}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+class Case(NamedTuple):
+    """One compilation: a kernel, and what it is specialised on."""
+
+    signatures: tuple[t.Signature, ...]
+    scaled: bool = False  # under GradScaler: unscaled gradients are stored, steps may be skipped
+    kernel: Literal["adamw", "schedule"] = "adamw"
+
+
+def signature(name: str, amsgrad: bool = False) -> t.Signature:
+    """A signature from "param/grad/state", such as "bf16/bf16/fp32"."""
+    param, grad, state = (DTYPES[part] for part in name.split("/"))
+    return t.Signature(param, grad, state, state, amsgrad)
+
+
+def alone(name: str) -> Case:
+    """The case of one signature, from "param/grad/state"."""
+    return Case((signature(name),))
+
+
+_ALL = {name: signature(f"{name}/{name}/{name}") for name in DTYPES}
+_MIXED = signature("bf16/bf16/fp32")
+SETS = {
+    "fp32": Case((_ALL["fp32"],)),
+    "bf16": Case((_ALL["bf16"],)),
+    "fp16": Case((_ALL["fp16"],)),
+    "mixed+fp32": Case((_MIXED, _ALL["fp32"])),  # mixed: bf16 params, fp32 moments
+    "bf16+fp32": Case((_ALL["bf16"], _ALL["fp32"])),
+    "fp32-scaled": Case((_ALL["fp32"],), scaled=True),
+    "mixed+fp32-scaled": Case((_MIXED, _ALL["fp32"]), scaled=True),
+    "fp32-amsgrad": Case((signature("fp32/fp32/fp32", amsgrad=True),)),
+    "fp64": Case((_ALL["fp64"],)),
+    "fp64-scaled": Case((_ALL["fp64"],), scaled=True),
+    "schedule": Case((_ALL["fp32"],), kernel="schedule"),
+    "schedule-scaled": Case((_ALL["fp32"],), scaled=True, kernel="schedule"),
+    "schedule-fp64-scaled": Case((_ALL["fp64"],), scaled=True, kernel="schedule"),
+}
+TRIPLES = tuple("/".join(names) for names in itertools.product(("fp32", "bf16", "fp16"), repeat=3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of one kernel on one target."""
+
+    kernel: str
+    set: str
+    target: str
+    signatures: tuple[tuple[str, ...], ...]  # dtypes of param, grad, exp_avg, exp_avg_sq (and max)
+    scaled: bool
+    elements_per_thread: int
+    registers: int
+    spills: int  # NVIDIA: local loads and stores; AMD: registers spilled
+    stack: int  # bytes a thread
+    shared: int  # bytes a program
+    instructions: int
+    instructions_per_element: float | None  # up to the vector path's last store; one signature
+    loads: dict[int, int]  # bits -> how many of tensor elements, that is with a lane's own address
+    stores: dict[int, int]
+
+
+class Launch(NamedTuple):
+    """One call of a kernel by its launcher, and what was compiled for it."""
+
+    kernel: str
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    compiled: Any
+
+
+class _Driver:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Stands for a tensor on a GPU that is not there: what Triton and the launchers look at."""
+
+    dtype: torch.dtype
+    address: int = 512  # torch's allocators align to 512 bytes
+    device: ClassVar[torch.device] = torch.device("cuda")  # ROCm's name, too
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.address
+
+
+MEMORY = t.Memory(*(cast(Tensor, Address(d)) for d in (torch.int64, torch.float32, torch.float64)))
+
+
+@contextlib.contextmanager
+def launches(target: GPUTarget) -> Iterator[list[Launch]]:
+    """Within it the launchers compile for the target and append to the list, and launch nothing."""
+    seen: list[Launch] = []
+
+    def compile_only(kernel: Any, run: Callable[..., Any]) -> Callable[..., None]:
+        def wrapped(*args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+            compiled = run(*args, grid=grid, warmup=True, **kwargs)
+            seen.append(Launch(kernel.__name__, args, kwargs, compiled))
+
+        return wrapped
+
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
+        enter(mock.patch.object(torch.version, "hip", "0" if target.backend == "hip" else None))
+        for kernel in (adamw._adamw, schedule._schedule):
+            kernel.device_caches.clear()  # the device is always 0, whatever the target
+            stack.callback(kernel.device_caches.clear)
+            enter(mock.patch.object(kernel, "run", compile_only(kernel, kernel.run)))
+        yield seen
+
+
+def make_table(signatures: Sequence[t.Signature]) -> t.Table:
+    """A table of one small tensor a signature."""
+    rows = [
+        t.Row(512, 512, 512, 512 * s.amsgrad, 512, 8, 0, s, s.compute == torch.float64)
+        for s in signatures
+    ]
+    grads = np.full(len(rows), 512, dtype=np.int64)
+    return t.build(rows, grads, np.zeros(t.GROUP_WORDS, dtype=np.int64), 1)
+
+
+def compile_case(name: str, target: str) -> Report:
+    """Compile a case for a target, through its launcher."""
+    case = SETS[name] if name in SETS else alone(name)
+    table = make_table(case.signatures)
+    with launches(TARGETS[target]) as seen:
+        if case.kernel == "schedule":
+            scalar = cast(Tensor, Address(torch.float32)) if case.scaled else None
+            schedule.schedule(table, MEMORY, scalar, scalar)
+        else:
+            adamw.adamw(table, MEMORY, store_grad=case.scaled)
+    (launch,) = seen
+    block = cast(int, launch.kwargs["BLOCK" if case.kernel == "adamw" else "TENSORS"])
+    threads = launch.compiled.metadata.num_warps * TARGETS[target].warp_size
+    per_thread = max(1, block // threads)
+    read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
+    code = read(launch.compiled.asm)
+    cost = None
+    if case.kernel == "adamw" and len(case.signatures) == 1 and code.last_vector_store:
+        cost = code.last_vector_store / per_thread
+    names = {dtype: short for short, dtype in DTYPES.items()}
+    return Report(
+        kernel=case.kernel,
+        set=name,
+        target=target,
+        signatures=tuple(
+            tuple(names[d] for d in (*s[:4], *([s.exp_avg_sq] if s.amsgrad else [])))
+            for s in case.signatures
+        ),
+        scaled=case.scaled,
+        elements_per_thread=per_thread,
+        registers=code.registers,
+        spills=code.spills,
+        stack=code.stack,
+        shared=code.shared,
+        instructions=code.instructions,
+        instructions_per_element=cost,
+        loads=code.loads,
+        stores=code.stores,
+    )
+
+
+class _Code(NamedTuple):
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    instructions: int
+    last_vector_store: int | None  # instructions up to it; the vector path comes first
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+def _read_nvidia(asm: dict[str, Any]) -> _Code:
+    usage, sass = _cuobjdump(asm["cubin"], "-res-usage"), _cuobjdump(asm["cubin"], "-sass")
+    used = {key: int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    # /*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S+)", sass, re.MULTILINE)
+    code = code[: _end(code, lambda op: op == "BRA")]  # a branch to itself and NOPs pad the end
+    # Elements are loaded under their lane's mask, what all lanes share (table, scalars) is not.
+    access = re.findall(r"@%p\d+ (ld|st)\.global[.\w]*?(?:\.v(\d))?\.b(\d+) ", asm["ptx"])
+    widths = [(kind, int(count or 1) * int(bits)) for kind, count, bits in access]
+    return _Code(
+        registers=used["REG"],
+        spills=sum(op.startswith(("LDL", "STL")) for op in code),
+        stack=used["STACK"],
+        shared=used["SHARED"],
+        instructions=len(code),
+        last_vector_store=_last(code, lambda op: op.startswith("STG") and op.endswith(".128")),
+        loads=_count(bits for kind, bits in widths if kind == "ld"),
+        stores=_count(bits for kind, bits in widths if kind == "st"),
+    )
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        run = subprocess.run([tool, option, file], capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+_AMD_BITS = {"byte": 8, "ubyte": 8, "short": 16, "ushort": 16, "short_d16": 16, "short_d16_hi": 16}
+_AMD_BITS |= {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+
+
+def _read_amd(asm: dict[str, Any]) -> _Code:
+    text = asm["amdgcn"]
+    used = {key: int(number) for key, number in re.findall(r"^\s+\.(\w+): +(\d+)$", text, re.M)}
+    code = re.findall(r"^\t([a-z]+_\w+)", text.split("s_endpgm")[0], re.MULTILINE)
+    # Elements are reached through buffer operations (a base and a lane's offset), what all lanes
+    # share through scalar and global loads.
+    access = [re.match(r"buffer_(load|store)_(?:format_)?(\w+)$", op) for op in code]
+    widths = [(m[1], _AMD_BITS[m[2].removesuffix("_d16")]) for m in access if m]
+    return _Code(
+        registers=used["vgpr_count"],
+        spills=used["vgpr_spill_count"] + used["sgpr_spill_count"],
+        stack=used["private_segment_fixed_size"],
+        shared=used["group_segment_fixed_size"],
+        instructions=len(code),
+        last_vector_store=_last(code, lambda op: op == "buffer_store_dwordx4"),
+        loads=_count(bits for kind, bits in widths if kind == "load"),
+        stores=_count(bits for kind, bits in widths if kind == "store"),
+    )
+
+
+def _count(bits: Iterator[int]) -> dict[int, int]:
+    return dict(sorted(Counter(bits).items()))
+
+
+def _last(code: Sequence[str], want: Callable[[str], bool]) -> int | None:
+    """How many instructions there are up to the last one wanted, itself included."""
+    return max((i + 1 for i, op in enumerate(code) if want(op)), default=None)
+
+
+def _end(code: Sequence[str], want: Callable[[str], bool]) -> int:
+    return (_last(code, want) or len(code) + 1) - 1
+
+
+def show(reports: Sequence[Report]) -> Table:
+    """The reports as a table for people."""
+
+    def widths(counts: dict[int, int]) -> str:
+        return " ".join(f"{n}x{bits}" for bits, n in sorted(counts.items(), reverse=True)) or "-"
+
+    table = Table(title=f"Triton {triton.__version__}")
+    for head in ("set", "target"):
+        table.add_column(head, no_wrap=True)
+    for head in ("regs", "spills", "stack", "shared", "instr.", "/elem."):
+        table.add_column(head, justify="right")
+    table.add_column("loads (n x bits)")
+    table.add_column("stores")
+    for r in reports:
+        cost = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.0f}"
+        numbers = (r.registers, r.spills, r.stack, r.shared, r.instructions)
+        row = (*map(str, numbers), cost, widths(r.loads), widths(r.stores))
+        table.add_row(r.set, r.target, *row)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        default=list(SETS),
+        metavar="SET",
+        help=f"any of {', '.join(SETS)}; param/grad/state, as in bf16/bf16/fp32; or triples",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
+    options = parser.parse_args(arguments)
+    names = [n for s in options.sets for n in (TRIPLES if s == "triples" else (s,))]
+    for name in names:
+        if name not in SETS and (name.count("/") != 2 or not set(name.split("/")) <= set(DTYPES)):
+            parser.error(f"unknown set {name!r} (want {', '.join(SETS)}, triples, or p/g/s)")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 interprets the kernels: unset it to compile them")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    started, reports = time.perf_counter(), []
+    with console.status("compiling"):
+        for target, name in itertools.product(options.targets, names):
+            reports.append(compile_case(name, target))
+    console.print(show(reports))
+    console.print(f"{len(reports)} kernels in {time.perf_counter() - started:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
