@@ -19,7 +19,7 @@ from rich.progress import track
 from fused_adamw import FusedAdamW
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+import matplotlib.pyplot as plt
 
 LR, WEIGHT_DECAY, STEPS = 1e-2, 0.1, 2000
 NOISE = {0.01: "tab:green", 1.0: "tab:blue", 100.0: "tab:red"}  # size of the gradients

@@ -1,10 +1,11 @@
 """What a step costs on the host when nothing has moved, beside what torch's AdamW spends there.
 
-The launches are stubbed on our side and left out on torch's: what is compared is our validation of
-every tensor (address, dtype, layout of params and gradients, address of states), and the whole
-step with its version counters and hooks, with torch's `_init_group` and
-`_group_tensors_by_device_and_dtype`. Pairs are interleaved in one run and
-compared as ratios: on a shared CPU machine the microseconds themselves are noise.
+The launches are stubbed on our side and left out on torch's. Three parts of ours are compared with
+torch's `_init_group` and `_group_tensors_by_device_and_dtype`: the look at every tensor (addresses
+of params, gradients and states, dtype and layout of params and gradients), the same with dtype and
+layout of the moments, as a step has it, and the whole step with its version counters and hooks.
+Rounds are interleaved in one run and compared as ratios: on a shared CPU machine the microseconds
+themselves are noise.
 
     python bench/host.py
 """
@@ -52,9 +53,19 @@ def params(count: int) -> list[torch.nn.Parameter]:
     return made
 
 
-def ours_validation(adamw: FusedAdamW) -> Callable[[], object]:
+def look(adamw: FusedAdamW, at_moments: bool) -> Callable[[], None]:
     """The part of our step that looks at every tensor and finds that the plan still holds."""
-    return lambda: adamw._current_plan([p.grad for p in plan.flat(adamw.param_groups)])
+
+    def run() -> None:
+        grads = [p.grad for p in plan.flat(adamw.param_groups)]
+        if at_moments:
+            adamw._current_plan(grads)
+        else:
+            assert adamw._plan is not None
+            with mock.patch.object(adamw._plan.moment_kinds, "hold", return_value=True):
+                adamw._current_plan(grads)
+
+    return run
 
 
 def torchs_host_part(adamw: torch.optim.AdamW) -> Callable[[], None]:
@@ -73,15 +84,16 @@ def main() -> None:
     """Print one line for each number of tensors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tensors", type=int, nargs="+", default=[1, 100, 1000, 10000])
-    parser.add_argument("--pairs", type=int, default=31, help="interleaved pairs (default 31)")
+    parser.add_argument("--rounds", type=int, default=31, help="interleaved rounds (default 31)")
     options = parser.parse_args()
 
     console = Console()
     console.print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}; median of {options.pairs} interleaved pairs"
+        f"torch {torch.__version__}; median of {options.rounds} interleaved rounds"
     )
-    columns = "tensors", "validate us", "step us", "torch us", "validate/torch", "step/torch"
+    names = "look", "+ moments", "step"
+    columns = "tensors", *(f"{n} us" for n in names), "torch us", *(f"{n} / torch" for n in names)
     table = Table(*columns, box=None)
     with mock.patch.object(optimizer, "Launcher", StubbedLauncher):
         for count in options.tensors:
@@ -91,13 +103,13 @@ def main() -> None:
             theirs.step()
             torchs = torchs_host_part(theirs)
             rounds = [
-                (seconds(ours_validation(ours)), seconds(ours.step), seconds(torchs))
+                [seconds(f) for f in (look(ours, False), look(ours, True), ours.step, torchs)]
                 for _ in track(
-                    range(options.pairs), f"{count} tensors", console=console, transient=True
+                    range(options.rounds), f"{count} tensors", console=console, transient=True
                 )
             ]
             medians = [statistics.median(times) * 1e6 for times in zip(*rounds, strict=True)]
-            ratios = [statistics.median(r[i] / r[2] for r in rounds) for i in (0, 1)]
+            ratios = [statistics.median(r[i] / r[3] for r in rounds) for i in (0, 1, 2)]
             table.add_row(
                 f"{count:,}", *(f"{m:.0f}" for m in medians), *(f"{r:.2f}" for r in ratios)
             )

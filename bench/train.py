@@ -131,8 +131,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 CHOICES = {"both": [TORCH, TORCH_FUSED, OURS], "fused": [OURS], "torch": [TORCH]}
 # How many times torch's own noise is allowed. Largest distance over noise, on a CPU in fp32:
-#   every weight moved by an ULP at random in every step: 6 (small), 7 (tiny, worst of 40 seeds)
-#   every update too short by 2^-21:                      2 (small), 18 (tiny, worst of 40 seeds)
+#   every weight moved by an ULP at random in every step: 6 (small, 400 steps), 7 (tiny, 40 seeds)
+#   every update too short by 2^-21:                      2 (small, 400 steps), 18 (tiny, 40 seeds)
 #   the weakest of 23 defects, second moments in bf16:    190 (small, first 60 steps)
 # bf16 autocast raises the noise 1000-fold: 60 steps of small then show a beta2 off by 0.01 or a
 # missing bias correction, but no missing weight decay. On a GPU, too, small is the sharper judge.

@@ -167,7 +167,8 @@ class FusedAdamW(Optimizer):
             self._update()
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch 2.13 leaves it untyped
+    # as torch.optim does it: torch.compiler.disable would import the compiler along, 2 s
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # private, but the one that torch.optim uses
     def _update(self) -> None:
         grads: Grads = [p.grad for p in planning.flat(self.param_groups)]
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)

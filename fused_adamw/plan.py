@@ -79,7 +79,7 @@ class Look(NamedTuple):
 
     addresses: Addresses
     params: list[Tensor]
-    states: list[Tensor]
+    moments: list[Tensor]
     grads: list[Tensor]  # those present
     written: list[Tensor]  # params and states with a gradient
 
@@ -90,7 +90,8 @@ class Plan:
 
     addresses: Addresses
     params: list[Tensor]
-    kinds: Kinds  # of params and states
+    param_kinds: Kinds
+    moment_kinds: Kinds
     grad_kinds: Kinds
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
@@ -102,7 +103,8 @@ class Plan:
         return (
             new.addresses[:3] == self.addresses[:3]
             and all(map(is_, new.params, self.params))
-            and self.kinds.hold(new.params + new.states)
+            and self.param_kinds.hold(new.params)
+            and self.moment_kinds.hold(new.moments)
         )
 
     def keeps_grads(self, new: Look) -> bool:
@@ -129,17 +131,19 @@ def look(
     here = [g for g in grads if g is not None]
     in_order = len(state) == len(entries.params) and all(map(is_, state, entries.params))
     dicts = list(state.values() if in_order else map(state.__getitem__, entries.params))
-    states: list[Tensor] = []
+    moments: list[Tensor] = []
+    steps: list[Tensor] = []
     addresses: list[int] = []
     try:
         for i in range(0, len(dicts), _IN_CACHE):
             part = dicts[i : i + _IN_CACHE]
-            at = len(states)
-            states += [s["exp_avg"] for s in part]
-            states += [s["exp_avg_sq"] for s in part]
-            states += [s["max_exp_avg_sq"] for s in compress(part, entries.amsgrad[i:])]
-            states += [s["step"] for s in part]
-            addresses += map(Tensor.data_ptr, states[at:])
+            at = len(moments)
+            moments += [s["exp_avg"] for s in part]
+            moments += [s["exp_avg_sq"] for s in part]
+            moments += [s["max_exp_avg_sq"] for s in compress(part, entries.amsgrad[i:])]
+            steps += [s["step"] for s in part]
+            addresses += map(Tensor.data_ptr, moments[at:])
+            addresses += map(Tensor.data_ptr, steps[i:])
         where = Addresses(
             groups=[(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups],
             params=list(map(Tensor.data_ptr, params)),
@@ -149,7 +153,7 @@ def look(
         )
     except (KeyError, TypeError, RuntimeError, NotImplementedError):
         return None
-    written = params + states
+    written = params + moments + steps
     if not len(here) == len(entries.params) == len(params):
         has_grad = {e.param for e in entries.all if e.param.grad is not None}
         written = [
@@ -158,7 +162,7 @@ def look(
             if e.param in has_grad
             for x in (e.param, *(s[key] for key in (*e.moments, "step")))
         ]
-    return Look(where, params, states, here, written)
+    return Look(where, params, moments, here, written)
 
 
 def make_entries(
@@ -234,7 +238,8 @@ def make_plan(
     plan = Plan(
         addresses=seen.addresses,
         params=seen.params,
-        kinds=Kinds([*seen.params, *seen.states]),
+        param_kinds=Kinds(seen.params),
+        moment_kinds=Kinds(seen.moments),
         grad_kinds=Kinds(seen.grads),
         entries=entries,
         copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),

@@ -5,6 +5,7 @@ Twins of the kernels by name: `schedule` of kernels/schedule.py, `adamw_update` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +64,8 @@ def adamw_update(
     if s.l2:
         g.add_(p, alpha=s.l2)
     m.lerp_(g, s.one_minus_beta1)
+    if not v.max() < math.inf:  # an overflowed one counts as the largest number: inf - inf is NaN
+        v.clamp_(max=torch.finfo(v.dtype).max)
     v.lerp_(torch.mul(g, g, out=d), s.one_minus_beta2)
     if v_max is not None:
         torch.maximum(v_max, v, out=v_max)  # keeps NaN
@@ -117,7 +120,8 @@ def _pieces(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
     reals = [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
     numel = reals[0].numel()
     if numel <= size:
-        yield reals
+        if numel:
+            yield reals
         return
     lines = [x.as_strided((numel,), (1,)) for x in reals]
     for start in range(0, numel, size):

@@ -29,7 +29,6 @@ _DECAY = tl.constexpr(t.DECAY)
 _L2 = tl.constexpr(t.L2)
 
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
-NUM_WARPS = 4
 
 _TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -47,11 +46,14 @@ def _average(old, new, weight, square_error):
 
 @triton.jit
 def _adamw_update(
-    p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2, AMSGRAD: tl.constexpr
-):
+    p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2,
+    AMSGRAD: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
     """One AdamW update of values in the compute dtype; the scalars are schedule.py's."""
     g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
     m = _average(m, g, w1, g - m)
+    # an overflowed second moment counts as the largest number: inf - inf would be NaN
+    v = tl.minimum(v, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     v = _average(v, g * g, w2, tl.fma(g, g, -v))
     if AMSGRAD:
         v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
@@ -89,7 +91,7 @@ def _block(
     STORE_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = tl.float64 if tl.float64 == PARAM else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     # made in here: a lane shared by both paths goes through shared memory from layout to layout
     lane = tl.arange(0, BLOCK)
     mask = lane < last
@@ -99,10 +101,10 @@ def _block(
     g_at = _at(grad, start, lane, GRAD, ALIGNED)
     m_at = _at(tl.load(tensor + _EXP_AVG), start, lane, EXP_AVG, ALIGNED)
     v_at = _at(tl.load(tensor + _EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
-    p = tl.load(p_at, mask=mask).to(COMPUTE)
     g = tl.load(g_at, mask=mask).to(COMPUTE)
     m = tl.load(m_at, mask=mask).to(COMPUTE)
     v = tl.load(v_at, mask=mask).to(COMPUTE)
+    p = tl.load(p_at, mask=mask).to(COMPUTE)
     v_max = v
     if AMSGRAD:
         v_max_at = _at(tl.load(tensor + _MAX_EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
@@ -124,6 +126,7 @@ def _block(
         tl.load(scalars + _DECAY),
         tl.load(scalars + _L2),
         AMSGRAD,
+        1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38,
     )
     tl.store(p_at, p.to(PARAM), mask=mask)
     tl.store(m_at, m.to(EXP_AVG), mask=mask)
@@ -191,16 +194,23 @@ def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[obj
     return tuple((*(_TRITON_DTYPES[d] for d in s[:4]), s.amsgrad) for s in signatures)
 
 
-def launch_options(table: t.Table, device: torch.device) -> dict[str, int | bool]:
-    """Options of the launch: 64 registers let 8 programs share a multiprocessor.
+def launch_options(table: t.Table, device: torch.device, store_grad: bool) -> dict[str, int | bool]:
+    """Options of the launch.
 
-    ptxas takes 72 for bf16 params with fp32 moments on sm_80, and keeps the same instructions,
-    without a spill, when told to take 64. float64 needs 120. Kernels of one dtype need no cap.
+    128 threads, so that each takes 8 elements: 4 warps, or 2 of AMD's 64 lanes. 64 registers let 8
+    programs share a multiprocessor: for several dtypes ptxas takes up to 72 unless it is told to
+    take 64, which it then does without a spill (Triton 3.6; 3.9 spills 8 bytes a thread on sm_80).
+    Told the same, kernels that store gradients do spill; they take up to 80, and float64 120.
     """
+    rocm = torch.version.hip is not None
     mixed = len({dtype for s in table.signatures for dtype in s[:4]}) > 1
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    cap = {"maxnreg": 64} if nvidia and mixed and not table.float64 else {}
-    return {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **cap}
+    nvidia = device.type == "cuda" and not rocm
+    cap = nvidia and mixed and not table.float64 and not store_grad
+    return {
+        "num_warps": 2 if rocm else 4,
+        "enable_fp_fusion": False,
+        **({"maxnreg": 64} if cap else {}),
+    }
 
 
 def adamw(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
@@ -220,5 +230,5 @@ def adamw(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
             SIGNATURES=constexpr_signatures(table.signatures),
             STORE_GRAD=store_grad,
             BLOCK=t.BLOCK,
-            **launch_options(table, memory.words.device),
+            **launch_options(table, memory.words.device, store_grad),
         )

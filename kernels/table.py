@@ -9,7 +9,7 @@ Host only (torch and numpy, no Triton). The words that the kernels read, int64, 
 
 What changes often comes first, so that whatever a step must upload is one prefix: one copy.
 A chunk is `blocks_per_chunk` blocks of one tensor; a program takes one block. So the list stays
-short (at most CHUNKS + n_tensors words) while every program keeps one block and one code path.
+short while every program keeps one block and one code path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from torch import Tensor
 Words = npt.NDArray[np.int64]
 
 BLOCK = 1024  # elements a program: 8 a thread with 4 warps, 128-bit accesses for 16-bit formats
-CHUNKS = 32768  # the work list is thinned out (power-of-two chunks) above this length: 256 KiB
+# The work list is thinned out (to chunks of a power of two of blocks) above this length: 256 KiB
+# and 64 bytes a tensor are soon uploaded, and fewer than one program in five has nothing to do.
+CHUNKS, CHUNKS_PER_TENSOR = 32768, 8
 
 # words of a row of `groups`
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY = range(5)  # float64 bits
@@ -117,12 +119,12 @@ def plan_chunks(numels: Words, block: int = BLOCK, chunks: int = CHUNKS) -> tupl
     """Cut tensors into chunks so that each element is in exactly one block of one chunk.
 
     Returns the chunk words (tensor | first block << 32) and the blocks in a chunk, the smallest
-    power of two for which no more than `chunks` (and one a tensor) are needed. A chunk may reach
-    past its tensor's end; a program whose block lies there has nothing to do.
+    power of two for which `chunks` and CHUNKS_PER_TENSOR for each tensor are enough. A chunk may
+    reach past its tensor's end; a program whose block lies there has nothing to do.
     """
     blocks = -(-numels // block)
     per_chunk = 1
-    while (count := -(-blocks // per_chunk)).sum() > chunks + len(numels):
+    while (count := -(-blocks // per_chunk)).sum() > chunks + CHUNKS_PER_TENSOR * len(numels):
         per_chunk *= 2
     tensor = np.repeat(np.arange(len(numels), dtype=np.int64), count)
     within = np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(count) - count, count)

@@ -147,6 +147,7 @@ MODEL = """
     import sys, types
     {absent}
     import torch
+    import torch._dynamo  # torch.optim imports it, and it looks at triton more closely than we do
     from fused_adamw import FusedAdamW
     {fake}
     p = torch.nn.Parameter(torch.ones(10))

@@ -196,8 +196,10 @@ def test_nan_inf_and_zero_over_zero_as_torch(amsgrad: bool, lr: float) -> None:
 
 
 @each("dtype", [torch.float32, torch.float16], ids=str)
-def test_second_moment_that_overflows_as_torch(dtype: torch.dtype) -> None:
-    """A finite gradient whose square overflows: v is inf from then on, and the weight stays.
+def test_second_moment_that_overflows_leaves_the_weight(dtype: torch.dtype) -> None:
+    """A finite gradient whose square overflows: v is huge from then on, and the weight stays.
+
+    torch keeps inf; ours goes on from the largest number, which float16 rounds to inf again.
 
     lr is small, since float32 computes the step before v is rounded to float16's inf.
     """
@@ -209,7 +211,7 @@ def test_second_moment_that_overflows_as_torch(dtype: torch.dtype) -> None:
         theirs.step()
         assert twin.isfinite().all()
         assert p.isfinite().all()
-        assert same_bits(ours.state[p]["exp_avg_sq"], theirs.state[twin]["exp_avg_sq"])
+        assert (ours.state[p]["exp_avg_sq"] > 0.99 * torch.finfo(dtype).max).all()
 
 
 def _with_twin(

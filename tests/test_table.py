@@ -52,11 +52,14 @@ def check_plan(numels: t.Words, block: int = t.BLOCK, chunks: int = t.CHUNKS) ->
     assert covered.sum() == wanted, "tensors or their ends are missing"
 
     # what it costs: the list's length, and programs that find nothing to do
-    assert len(words) <= chunks + len(numels)
+    limit = chunks + t.CHUNKS_PER_TENSOR * len(numels)
+    assert len(words) <= limit
     assert len(words) * per_chunk - wanted <= np.count_nonzero(blocks) * (per_chunk - 1)
     if per_chunk > 1:
         halves = -(-blocks // (per_chunk // 2))
-        assert halves.sum() > chunks + len(numels), "chunks are larger than the list's length wants"
+        assert halves.sum() > chunks + t.CHUNKS_PER_TENSOR * len(numels), (
+            "chunks are larger than the list's length wants"
+        )
     return per_chunk
 
 
@@ -114,8 +117,8 @@ def test_chunks_of_more_blocks(blocks: int, chunks: int, ragged: int) -> None:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_chunks_double_just_above_the_limit(extra: int) -> None:
-    # one tensor may have CHUNKS + 1 chunks: `chunks`, and one a tensor
-    numels = sizes([(t.CHUNKS + 1) * t.BLOCK + extra])
+    # one tensor may have CHUNKS, and its own share, of chunks
+    numels = sizes([(t.CHUNKS + t.CHUNKS_PER_TENSOR) * t.BLOCK + extra])
     assert check_plan(numels) == (2 if extra > 0 else 1)
 
 
