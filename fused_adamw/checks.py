@@ -44,16 +44,29 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
                 f"Invalid beta parameter at index {index}: {beta} (want 0 <= beta < 1)"
             )
     for key, words in (("eps", "epsilon"), ("weight_decay", "weight_decay")):
-        if not (group[key] >= 0.0 and math.isfinite(group[key])):
+        number = value(group[key], key)
+        if number is None:
+            raise ValueError(f"Invalid {words} value: {group[key]} (want a number, on the host)")
+        if not (number >= 0.0 and math.isfinite(number)):
             raise ValueError(f"Invalid {words} value: {group[key]} (want a finite number >= 0)")
 
 
-def check_tensors(name: str, param: Tensor, grad: Tensor | None, state: Mapping[str, Any]) -> None:
-    """Raise on what a step cannot update, before it has changed anything."""
+def check_plain(name: str, param: Tensor) -> None:
+    """Raise TypeError for a tensor subclass that keeps its memory elsewhere, as DTensor does."""
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name} is a {type(param).__name__}, a tensor subclass whose memory FusedAdamW does "
             "not know how to find. Pass plain tensors, or optimize it with torch.optim.AdamW."
+        )
+
+
+def check_tensors(name: str, param: Tensor, grad: Tensor | None, state: Mapping[str, Any]) -> None:
+    """Raise TypeError or RuntimeError for what a step cannot update."""
+    check_plain(name, param)
+    if param.device.type == "meta":
+        raise RuntimeError(
+            f"{name} is on the meta device and has no values. Materialize it (to_empty, then "
+            "initialize or load) before the step."
         )
     if param.layout != torch.strided or REALS.get(param.dtype, param.dtype) not in FLOATS:
         raise TypeError(
@@ -100,6 +113,7 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
 
 
 def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
+    """Raise TypeError or RuntimeError for a state that is not one of AdamW for this param."""
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
     if missing:
         raise RuntimeError(
@@ -115,6 +129,11 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
                 f"{key} of {name} is on {x.device} with shape {tuple(x.shape)} but the param is on "
                 f"{param.device} with shape {tuple(param.shape)}. Bring the state back to the "
                 "param's device before the step, or call load_state_dict, which does so."
+            )
+        if x.is_conj() or x.is_neg():
+            raise RuntimeError(
+                f"{key} of {name} is conjugated or negated only when it is read: its memory holds "
+                "other values than it shows. Use .resolve_conj().resolve_neg()."
             )
         if x.is_complex() != param.is_complex() or REALS.get(x.dtype, x.dtype) not in FLOATS:
             raise TypeError(f"{key} of {name} is {x.dtype} while the param is {param.dtype}.")

@@ -42,7 +42,13 @@ def load_kernels(device: torch.device) -> Kernels:
         )
     from .kernels import adamw, schedule
 
-    if device.type == "cpu" and isinstance(adamw._adamw, triton.runtime.JITFunction):
+    interpreted = not isinstance(adamw._adamw, triton.runtime.JITFunction)
+    if device.type != "cpu" and interpreted:
+        raise RuntimeError(
+            f"TRITON_INTERPRET is set, and Triton's interpreter cannot read {device.type} tensors: "
+            "unset it before triton is imported, or pass backend='reference'."
+        )
+    if device.type == "cpu" and not interpreted:
         raise RuntimeError(
             "backend='triton' runs CPU tensors only under Triton's interpreter: set "
             "TRITON_INTERPRET=1 before triton is imported, or use backend='auto'."
@@ -51,8 +57,11 @@ def load_kernels(device: torch.device) -> Kernels:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream records a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether the device's current stream records a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class GroupRows(NamedTuple):
@@ -98,27 +107,58 @@ class Launcher:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.kernels = load_kernels(device)
-        self.captured: list[tuple[t.Memory, Tensor]] = []
+        self.captured: list[tuple[t.Memory, Tensor, object]] = []
         self._memory: t.Memory | None = None
         self._uploaded: t.Table | None = None
         self._reserve: tuple[t.Memory, Tensor] | None = None
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
         self._stream: torch.Stream | None = None
+        self._compiled: set[tuple[object, ...]] = set()
+
+    def prepare(self, table: t.Table, groups: GroupRows, store_grad: bool) -> t.Table:
+        """The table with its groups, when all that can fail before the first launch has not.
+
+        Raises:
+            RuntimeError: a stream is captured, and no step has reserved memory for this table.
+        """
+        if groups.words is not self._groups and not np.array_equal(groups.words, self._groups):
+            self._groups = groups.words
+        table = dataclasses.replace(table, groups=self._groups)
+        capturing = is_capturing(self.device)
+        if capturing and (self._reserve is None or not self._reserve[0].fits(table)):
+            raise RuntimeError(
+                "FusedAdamW.step() cannot be captured in a CUDA graph yet: its table is not "
+                "reserved for the tensors of this step. Run one step() outside the capture before "
+                "each capture, with gradients for the same parameters."
+            )
+        with self._current_device():
+            if not capturing:
+                self._reserve_memory(table)
+            memory = self._memory if self._reserve is None else self._reserve[0]
+            assert memory is not None
+            if (table.signatures, store_grad) not in self._compiled:
+                self.kernels.adamw.compile_for(table, memory, store_grad)
+                self._compiled.add((table.signatures, store_grad))
+        return table
 
     def launch(
         self,
         table: t.Table,
-        groups: GroupRows,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        alive: object,
     ) -> None:
-        """Update the table's tensors; grad_scale and found_inf as GradScaler sets them."""
-        if groups.words is not self._groups and not np.array_equal(groups.words, self._groups):
-            self._groups = groups.words
-        table = dataclasses.replace(table, groups=self._groups)
+        """Update the tensors of a prepared table.
+
+        grad_scale, found_inf: as GradScaler sets them, or None. `alive`: what the launches read and
+        write besides the table, kept with it where they are captured.
+        """
         with self._current_device():
             grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
-            memory = self._record(table) if is_capturing(self.device) else self._upload(table)
+            if is_capturing(self.device):
+                memory = self._record(table, (alive, grad_scale, found_inf))
+            else:
+                memory = self._upload(table)
             self.kernels.schedule.schedule(table, memory, grad_scale, found_inf)
             self.kernels.adamw.adamw(table, memory, store_grad=grad_scale is not None)
 
@@ -135,13 +175,17 @@ class Launcher:
             return x
         return x.to(self.device, torch.float32, non_blocking=True)
 
-    def _upload(self, table: t.Table) -> t.Memory:
-        """Eager: at most one asynchronous copy, of what has moved."""
+    def _reserve_memory(self, table: t.Table) -> None:
+        """Memory for this table, and for a captured step of it."""
         if self._memory is None or not self._memory.fits(table):
             self._memory, self._uploaded = t.allocate(table, self.device), None
             self._stream = None
         if self._reserve is None or not self._reserve[0].fits(table):
             self._reserve = t.allocate(table, self.device), self._host(table.n_words)
+
+    def _upload(self, table: t.Table) -> t.Memory:
+        """Eager: at most one asynchronous copy, of what has moved."""
+        assert self._memory is not None
         self._follow_stream(self._memory)
         size = t.stale_words(table, self._uploaded)
         if size:
@@ -153,17 +197,12 @@ class Launcher:
             self._uploaded = table
         return self._memory
 
-    def _record(self, table: t.Table) -> t.Memory:
+    def _record(self, table: t.Table, alive: object) -> t.Memory:
         """Captured: the whole table, from a source that stays as it is."""
-        if self._reserve is None or not self._reserve[0].fits(table):
-            raise RuntimeError(
-                "FusedAdamW.step() cannot be captured in a CUDA graph yet: its table is not "
-                "reserved for the tensors of this step. Run one step() outside the capture before "
-                "each capture, with gradients for the same parameters."
-            )
+        assert self._reserve is not None
         memory, host = self._reserve
         self._reserve = None
-        self.captured.append((memory, host))
+        self.captured.append((memory, host, alive))
         t.write_words(table, host)
         memory.words.copy_(host, non_blocking=True)
         return memory

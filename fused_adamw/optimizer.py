@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,8 +13,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import plan as planning
 from . import reference
-from . import state as states
-from .checks import check_hypers
+from . import state as stating
+from .checks import check_hypers, check_plain
 from .launch import GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
 from .plan import Entry, Plan
@@ -111,13 +111,17 @@ class FusedAdamW(Optimizer):
         self._hypers: list[tuple[Any, ...]] = []  # as checked last, where all are numbers
         self._rows: dict[torch.device, GroupRows] = {}  # made of them
         # Graphs read and write the memory of their captured steps for as long as they live.
-        self._captured = [
-            c for x in self.__dict__.get("_launchers", {}).values() for c in x.captured
+        self._captured: list[object] = [
+            *self.__dict__.get("_captured", ()),
+            *(c for x in self.__dict__.get("_launchers", {}).values() for c in x.captured),
         ]
         self._launchers: dict[torch.device, Launcher] = {}
-        # torch's GradScaler then leaves unscaling and skipping to step()
-        self._step_supports_amp_scaling = (
-            self.defaults["fused"] is not False and not self.defaults["differentiable"]
+        self._say_who_unscales()
+
+    def _say_who_unscales(self) -> None:
+        """Set the attribute by which torch's GradScaler leaves unscaling and skipping to step()."""
+        self._step_supports_amp_scaling = self.defaults["fused"] is not False and not any(
+            group["differentiable"] for group in self.param_groups
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,10 +135,11 @@ class FusedAdamW(Optimizer):
             for key, value in defaults.items():
                 group.setdefault(key, value)
             if own_groups is not None:
-                group[_DECOUPLED] = own_groups[number][_DECOUPLED]
+                for key in (_DECOUPLED, "differentiable"):
+                    group[key] = own_groups[number][key]
             group["betas"] = _scalar_betas(group["betas"])
             check_hypers(group)
-        kept = states.own_state(state["state"], state["param_groups"], _step_dtype())
+        kept = stating.own_state(state["state"], state["param_groups"], _step_dtype())
         super().__setstate__({**state, "state": kept})
         self._forget()
 
@@ -143,11 +148,20 @@ class FusedAdamW(Optimizer):
 
         Raises:
             ValueError: a hyper-parameter out of its range; the optimizer is then as it was.
+            TypeError: a tensor subclass that keeps its memory elsewhere, as DTensor does.
         """
         if isinstance(param_group, dict):
             check_hypers({**self.defaults, **param_group}, min_lr=0.0)
+            if isinstance(param_group.get("params"), Iterable) and not isinstance(
+                param_group["params"], (Tensor, set)
+            ):
+                param_group["params"] = list(param_group["params"])
+                for position, p in enumerate(param_group["params"]):
+                    if isinstance(x := p[1] if isinstance(p, tuple) else p, Tensor):
+                        check_plain(f"parameter {position} of the new group", x)
         super().add_param_group(param_group)
         self.param_groups[-1]["betas"] = _scalar_betas(self.param_groups[-1]["betas"])
+        self._say_who_unscales()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -173,60 +187,68 @@ class FusedAdamW(Optimizer):
         grads: Grads = [p.grad for p in planning.flat(self.param_groups)]
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        differentiable = [group for group in self.param_groups if group["differentiable"]]
+        if differentiable and not (grad_scale is None and found_inf is None):
+            raise RuntimeError(
+                "A group with differentiable=True cannot unscale or skip by itself: construct the "
+                "optimizer with fused=False, so that GradScaler does it."
+            )
         self._check_changed_hypers()
-        plan, written = self._current_plan(grads)
+        plan, states = self._current_plan(grads)
+        tables = {
+            device: self._launchers[device].prepare(
+                table, self._group_rows(device), store_grad=grad_scale is not None
+            )
+            for device, table in plan.tables.items()
+        }
         with torch.no_grad():
-            for e in plan.copied:
-                if (grad := grads[e.place]) is not None:
-                    _copy_if(e.dense, e.param)
-                    _copy_if(e.grad_copy, grad)
+            copied = [(e, grad) for e in plan.copied if (grad := grads[e.place]) is not None]
+            for e, grad in copied:
+                if e.dense is not None:
+                    e.dense.copy_(e.param)
+                if e.grad_copy is not None:
+                    e.grad_copy.copy_(grad)
             for device, entries in plan.by_device.items():
-                if device in plan.tables:
-                    rows = self._group_rows(device)
-                    launcher = self._launchers[device]
-                    launcher.launch(plan.tables[device], rows, grad_scale, found_inf)
+                if device in tables:
+                    alive = plan.copied, self._group_rows(device)
+                    self._launchers[device].launch(tables[device], grad_scale, found_inf, alive)
                 else:
                     self._run_reference(entries, grads, grad_scale, found_inf)
-            for e in plan.copied:
-                if (grad := grads[e.place]) is not None:
-                    if e.dense is not None:
-                        e.param.copy_(e.dense)
-                    if e.grad_copy is not None and grad_scale is not None:
-                        _put_grad(e, grad)
-            if plan.tables:
+            for e, grad in copied:
+                if e.dense is not None:
+                    e.param.copy_(e.dense)
+                if e.grad_copy is not None and grad_scale is not None:
+                    _put_grad(e.param, grad, e.grad_copy)
+            if tables:
                 # autograd has not seen the kernel write: a stale graph shall raise
+                written = planning.written_by(plan, grads, states, self.state)
                 unscaled = [g for g in grads if g is not None] if grad_scale is not None else []
                 torch.autograd.graph.increment_version(written + unscaled)
-        for group in self.param_groups:
-            if group["differentiable"]:
-                self._run_differentiable(group)
+        for group in differentiable:
+            self._run_differentiable(group)
 
     def _current_plan(self, grads: Grads) -> tuple[Plan, list[Tensor]]:
-        """The plan of this step and what it writes; all checks come before any change."""
+        """The plan of this step and all states; every check comes before any change."""
         groups, plan = self.param_groups, self._plan
         if plan is not None:
-            new = planning.look(groups, grads, plan.entries, self.state)
-            if new is not None and plan.keeps_params(new):
-                if plan.keeps_grads(new):
-                    return plan, new.written
-                moved = planning.move_grads(plan, new, grads)
-                if moved is not None:
-                    self._plan = moved
-                    return moved, new.written
+            followed = planning.follow(plan, groups, grads, self.state)
+            if followed is not None:
+                self._plan = followed[0]
+                return followed
         entries = planning.make_entries(groups, grads, self.state, plan)
         devices = {e.param.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
         for device in on_kernel - self._launchers.keys():
             self._launchers[device] = Launcher(device)
         planning.refuse_shared_memory(entries.all, on_kernel, self.state)
-        if states.lacks_state(entries.all, self.state) and any(map(is_capturing, devices)):
+        if stating.lacks_state(entries.all, self.state) and any(map(is_capturing, devices)):
             raise RuntimeError(
                 "FusedAdamW.step() cannot be captured in a CUDA graph before its state exists. Run "
                 "at least one step() outside the capture, with gradients for the same parameters."
             )
-        states.init_state(entries.all, self.state, _step_dtype())
-        self._plan, written = planning.make_plan(groups, grads, entries, self.state, on_kernel)
-        return self._plan, written
+        stating.init_state(entries.all, self.state, _step_dtype())
+        self._plan = planning.make_plan(groups, grads, entries, self.state, on_kernel)
+        return self._plan, planning.states_of(entries, self.state)
 
     def _has_kernel(self, device: torch.device) -> bool:
         if self.backend == "auto":
@@ -236,10 +258,10 @@ class FusedAdamW(Optimizer):
     def _check_changed_hypers(self) -> None:
         """Check hyper-parameters that are not as they were, and forget the rows made of them."""
         values = [
-            (g["lr"], g["betas"], g["eps"], g["weight_decay"], g["maximize"], g[_DECOUPLED])
+            (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g[_DECOUPLED])
             for g in self.param_groups
         ]
-        if any(isinstance(x, Tensor) for v in values for x in (v[0], *v[1])):
+        if any(isinstance(x, Tensor) for v in values for x in v[:5]):
             values = []  # they change in place, and comparing them would wait for the device
         if not values or values != self._hypers:
             for group in self.param_groups:
@@ -324,14 +346,9 @@ def _step_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def _copy_if(target: Tensor | None, source: Tensor) -> None:
-    if target is not None:
-        target.copy_(source)
-
-
-def _put_grad(e: Entry, grad: Tensor) -> None:
+def _put_grad(param: Tensor, grad: Tensor, unscaled: Tensor) -> None:
     """Leave the unscaled gradient where the user's is; an expanded one gets memory of its own."""
-    if overlaps_itself(grad):
-        e.param.grad = e.grad_copy.clone() if e.grad_copy is not None else grad
-    elif e.grad_copy is not None:
-        grad.copy_(e.grad_copy)
+    if not overlaps_itself(grad):
+        grad.copy_(unscaled)
+    elif grad.dtype == param.dtype:
+        param.grad = unscaled.clone()

@@ -21,20 +21,19 @@ from torch import Tensor
 from .checks import check_tensors, param_name, refuse_overlaps
 from .kernels import table as t
 from .layouts import (
+    IN_CACHE,
     REALS,
     GradLayout,
     Kinds,
+    addresses_of,
     grad_layout,
     is_dense,
+    kinds_of,
     same_strides,
 )
 
 Groups = Sequence[Mapping[str, Any]]
 State = MutableMapping[Tensor, dict[str, Any]]
-
-# Tensors looked at in one go: their objects stay in the L2 cache from one question to the next,
-# which saves 0.12 us a tensor at 10,000 tensors (Python 3.11, torch 2.13, AMD EPYC).
-_IN_CACHE = 512
 
 
 class Entry(NamedTuple):
@@ -64,52 +63,31 @@ class Entries(NamedTuple):
         return cls(tuple(entries), [e.param for e in entries], amsgrad)
 
 
-class Addresses(NamedTuple):
-    """Where everything is that a plan was made from."""
+class Look(NamedTuple):
+    """What a plan depends on; while looks are equal it holds. Keeps no tensor alive."""
 
     groups: list[tuple[int, bool, bool]]  # number of params, amsgrad, differentiable
-    params: list[int]
-    states: list[int]
+    params: tuple[list[int], Kinds]
+    states: list[int]  # addresses
     present: list[bool]  # whether each param has a gradient; empty: all have
-    grads: list[int]  # of those present
+    grads: tuple[list[int], Kinds]  # of those present
 
-
-class Look(NamedTuple):
-    """One look at all tensors of a step; not kept, since it would keep them alive."""
-
-    addresses: Addresses
-    params: list[Tensor]
-    moments: list[Tensor]
-    grads: list[Tensor]  # those present
-    written: list[Tensor]  # params and states with a gradient
+    def same_tensors(self, other: Look) -> bool:
+        """Whether groups, params and states are the same; gradients may have moved."""
+        return (self.groups, self.params, self.states) == (other.groups, other.params, other.states)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Entries by device; a device that a kernel updates has a table, the others the reference."""
 
-    addresses: Addresses
+    look: Look
+    state_kinds: Kinds
     params: list[Tensor]
-    param_kinds: Kinds
-    moment_kinds: Kinds
-    grad_kinds: Kinds
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
     tables: dict[torch.device, t.Table]
-
-    def keeps_params(self, new: Look) -> bool:
-        """Whether groups, params and states are what the plan was made from."""
-        return (
-            new.addresses[:3] == self.addresses[:3]
-            and all(map(is_, new.params, self.params))
-            and self.param_kinds.hold(new.params)
-            and self.moment_kinds.hold(new.moments)
-        )
-
-    def keeps_grads(self, new: Look) -> bool:
-        """Whether the gradients are what the plan was made from."""
-        return new.addresses[3:] == self.addresses[3:] and self.grad_kinds.hold(new.grads)
 
 
 def flat(groups: Groups) -> list[Tensor]:
@@ -120,49 +98,72 @@ def flat(groups: Groups) -> list[Tensor]:
 
 
 def look(
-    groups: Groups, grads: Sequence[Tensor | None], entries: Entries, state: State
-) -> Look | None:
+    groups: Groups,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Tensor],
+) -> Look:
     """Look at all tensors of a step: most of what it costs on the host (bench/host.py).
 
-    None where something has no address, is sparse say, or has no state: no plan can hold then,
-    and the checks find the words for it.
+    Raises what torch raises for a tensor without an address, a sparse one say.
     """
-    params = flat(groups)
     here = [g for g in grads if g is not None]
+    return Look(
+        groups=[(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups],
+        params=(addresses_of(params), kinds_of(params, lazy=True)),
+        states=addresses_of(states),
+        present=[] if len(here) == len(grads) else [g is not None for g in grads],
+        grads=(addresses_of(here), kinds_of(here, lazy=True)),
+    )
+
+
+def states_of(entries: Entries, state: State) -> list[Tensor]:
+    """All state tensors of the entries; KeyError where one is missing."""
     in_order = len(state) == len(entries.params) and all(map(is_, state, entries.params))
     dicts = list(state.values() if in_order else map(state.__getitem__, entries.params))
-    moments: list[Tensor] = []
-    steps: list[Tensor] = []
-    addresses: list[int] = []
+    states: list[Tensor] = []
+    for i in range(0, len(dicts), IN_CACHE):
+        part = dicts[i : i + IN_CACHE]
+        states += [s["exp_avg"] for s in part]
+        states += [s["exp_avg_sq"] for s in part]
+        states += [s["max_exp_avg_sq"] for s in compress(part, entries.amsgrad[i:])]
+        states += [s["step"] for s in part]
+    return states
+
+
+def follow(
+    plan: Plan, groups: Groups, grads: Sequence[Tensor | None], state: State
+) -> tuple[Plan, list[Tensor]] | None:
+    """The plan as it is, or with gradients elsewhere, and all states; None where it is stale."""
+    params = flat(groups)
     try:
-        for i in range(0, len(dicts), _IN_CACHE):
-            part = dicts[i : i + _IN_CACHE]
-            at = len(moments)
-            moments += [s["exp_avg"] for s in part]
-            moments += [s["exp_avg_sq"] for s in part]
-            moments += [s["max_exp_avg_sq"] for s in compress(part, entries.amsgrad[i:])]
-            steps += [s["step"] for s in part]
-            addresses += map(Tensor.data_ptr, moments[at:])
-            addresses += map(Tensor.data_ptr, steps[i:])
-        where = Addresses(
-            groups=[(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups],
-            params=list(map(Tensor.data_ptr, params)),
-            states=addresses,
-            present=[] if len(here) == len(grads) else [g is not None for g in grads],
-            grads=list(map(Tensor.data_ptr, here)),
-        )
+        states = states_of(plan.entries, state)
+        new = look(groups, params, grads, states)
+        state_kinds = kinds_of(states, lazy=False)
     except (KeyError, TypeError, RuntimeError, NotImplementedError):
+        return None  # something has no address or is missing: the checks find the words for it
+    same = (
+        new.same_tensors(plan.look)
+        and len(params) == len(plan.params)
+        and all(map(is_, params, plan.params))
+        and state_kinds == plan.state_kinds
+    )
+    if not same:
         return None
-    written = params + moments + steps
-    if not len(here) == len(entries.params) == len(params):
-        has_grad = {e.param for e in entries.all if e.param.grad is not None}
-        written = [
-            x
-            for e, s in zip(entries.all, dicts, strict=True)
-            if e.param in has_grad
-            for x in (e.param, *(s[key] for key in (*e.moments, "step")))
-        ]
-    return Look(where, params, moments, here, written)
+    if new != plan.look:
+        moved = move_grads(plan, new, grads)
+        return None if moved is None else (moved, states)
+    return plan, states
+
+
+def written_by(
+    plan: Plan, grads: Sequence[Tensor | None], states: list[Tensor], state: State
+) -> list[Tensor]:
+    """Params and states that a step of the plan writes: those with a gradient."""
+    if len(plan.entries.all) == len(grads) and not plan.look.present:
+        return plan.params + states
+    busy = Entries.of([e for e in plan.entries.all if grads[e.place] is not None])
+    return busy.params + states_of(busy, state)
 
 
 def make_entries(
@@ -226,21 +227,17 @@ def make_plan(
     entries: Entries,
     state: State,
     on_kernel: Collection[torch.device],
-) -> tuple[Plan, list[Tensor]]:
-    """The plan for checked entries whose state is there, and the tensors that its step writes."""
+) -> Plan:
+    """The plan for checked entries whose state is there."""
     by_device: dict[torch.device, list[Entry]] = {}
     for e in entries.all:
         by_device.setdefault(e.param.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
-    seen = look(groups, grads, entries, state)
-    if seen is None:
-        raise RuntimeError("the state of a parameter changed while the step was being planned")
-    plan = Plan(
-        addresses=seen.addresses,
-        params=seen.params,
-        param_kinds=Kinds(seen.params),
-        moment_kinds=Kinds(seen.moments),
-        grad_kinds=Kinds(seen.grads),
+    states = states_of(entries, state)
+    return Plan(
+        look=look(groups, flat(groups), grads, states),
+        state_kinds=kinds_of(states, lazy=False),
+        params=flat(groups),
         entries=entries,
         copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),
         by_device={device: tuple(own) for device, own in by_device.items()},
@@ -254,26 +251,23 @@ def make_plan(
             for device in on_kernel
         },
     )
-    return plan, seen.written
 
 
 def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | None:
     """The plan with gradients elsewhere, or None where more than their addresses has changed."""
-    kinds = plan.grad_kinds
-    if new.addresses.present != plan.addresses.present:
+    if new.present != plan.look.present:
         # experts idle in some steps: what comes back must be as it was
         known = {e.place: e.grad for e in plan.entries.all}
         for place, grad in enumerate(grads):
             if grad is not None and known.get(place) != grad_layout(grad):
                 return None
-        kinds = Kinds(new.grads)
-    elif not kinds.hold(new.grads):
+    elif new.grads[1] != plan.look.grads[1]:
         return None
     tables = {
         device: dataclasses.replace(table, grads=grad_column(plan.by_device[device], grads))
         for device, table in plan.tables.items()
     }
-    return dataclasses.replace(plan, addresses=new.addresses, grad_kinds=kinds, tables=tables)
+    return dataclasses.replace(plan, look=new, tables=tables)
 
 
 def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.Words:

@@ -36,7 +36,7 @@ def schedule(group: Mapping[str, Any], step: float, grad_scale: float = 1.0) -> 
     lr, beta1, beta2 = (
         float(x.detach() if isinstance(x, Tensor) else x) for x in (group["lr"], *group["betas"])
     )
-    decoupled = group["decoupled_weight_decay"]
+    weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
     unscale = 1 / grad_scale if grad_scale else float("inf")
     return Scalars(
         grad_factor=-unscale if group["maximize"] else unscale,
@@ -44,10 +44,10 @@ def schedule(group: Mapping[str, Any], step: float, grad_scale: float = 1.0) -> 
         one_minus_beta1=1 - beta1,
         one_minus_beta2=1 - beta2,
         rsqrt_bias2=(1 - beta2**step) ** -0.5,
-        eps=group["eps"],
+        eps=float(group["eps"]),
         neg_step_size=-lr / (1 - beta1**step),
-        decay=-lr * group["weight_decay"] if decoupled else 0.0,
-        l2=0.0 if decoupled else group["weight_decay"],
+        decay=-lr * weight_decay if decoupled else 0.0,
+        l2=0.0 if decoupled else weight_decay,
     )
 
 
@@ -64,7 +64,9 @@ def adamw_update(
     if s.l2:
         g.add_(p, alpha=s.l2)
     m.lerp_(g, s.one_minus_beta1)
-    if not v.max() < math.inf:  # an overflowed one counts as the largest number: inf - inf is NaN
+    # An overflowed one counts as the largest number: inf - inf is NaN. Looking first saves a pass
+    # on the CPU, and would wait for any other device.
+    if v.device.type != "cpu" or not v.max() < math.inf:
         v.clamp_(max=torch.finfo(v.dtype).max)
     v.lerp_(torch.mul(g, g, out=d), s.one_minus_beta2)
     if v_max is not None:
@@ -119,9 +121,10 @@ def _pieces(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
     """Dense tensors of one layout, cut alike into pieces of at most `size` reals."""
     reals = [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
     numel = reals[0].numel()
-    if numel <= size:
-        if numel:
-            yield reals
+    if not numel:
+        return
+    if numel <= size and all(x.shape == reals[0].shape for x in reals):
+        yield reals
         return
     lines = [x.as_strided((numel,), (1,)) for x in reals]
     for start in range(0, numel, size):

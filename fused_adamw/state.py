@@ -18,45 +18,78 @@ if TYPE_CHECKING:
 
 
 def lacks_state(entries: Iterable[Entry], state: State) -> bool:
-    """Whether `init_state` has anything to allocate."""
-    return any(key not in state.get(e.param, ()) for e in entries for key in (*e.moments, "step"))
+    """Whether `init_state` has anything to do."""
+    return any(_lacking(e, state.get(e.param, {})) for e in entries)
 
 
-def init_state(entries: Sequence[Entry], state: State, step_dtype: torch.dtype) -> None:
+def _lacking(e: Entry, s: Mapping[str, Any]) -> list[str]:
+    """Keys of the state that are missing, or not as the update wants them."""
+    like, step = e.param if e.dense is None else e.dense, s.get("step")
+    keys = [
+        key
+        for key in e.moments
+        if key not in s or not same_strides(like.shape, s[key].stride(), like.stride())
+    ]
+    packed = isinstance(step, Tensor) and step.dim() == 0 and step.device == like.device
+    if not packed or step.dtype not in FLOATS[:2]:  # type: ignore[union-attr]  # a tensor if packed
+        keys.append("step")
+    return keys
+
+
+def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) -> None:
     """Give each entry what is missing of its state, in the param's layout.
 
-    Steps are packed by device. Nothing here waits for a device.
+    Steps are packed by device. Nothing here waits for a device. All is allocated before any state
+    is changed, so that running out of memory leaves them as they were.
     """
-    unpacked: dict[torch.device, list[dict[str, Any]]] = {}
+    made: list[tuple[Tensor, dict[str, Tensor]]] = []
+    unpacked: dict[torch.device, list[tuple[dict[str, Tensor], Any]]] = {}
     for e in entries:
-        s, like = state[e.param], e.param if e.dense is None else e.dense
-        for key in e.moments:
-            if key not in s:
-                s[key] = torch.zeros_like(like, memory_format=torch.preserve_format)
-            elif not same_strides(like.shape, s[key].stride(), like.stride()):
-                s[key] = torch.empty_like(like, dtype=s[key].dtype).copy_(s[key])
-        step = s.get("step")
-        if (
-            not isinstance(step, Tensor)
-            or step.device != like.device
-            or step.dtype not in FLOATS[:2]
-            or step.dim()
-        ):
-            unpacked.setdefault(like.device, []).append(s)
-    for device, states in unpacked.items():
-        values = [float(s.get("step", 0)) for s in states]
-        for s, step in zip(states, pack_steps(values, step_dtype, device), strict=True):
-            s["step"] = step
+        s, like = state.get(e.param, {}), e.param if e.dense is None else e.dense
+        new: dict[str, Tensor] = {}
+        for key in _lacking(e, s):
+            if key == "step":
+                unpacked.setdefault(like.device, []).append((new, s.get("step", 0)))
+            elif key in s:
+                new[key] = torch.empty_like(like, dtype=s[key].dtype).copy_(s[key])
+            else:
+                kept = s.get("exp_avg_sq") if key == "max_exp_avg_sq" else None
+                dtype = like.dtype if kept is None else kept.dtype  # of one signature
+                new[key] = torch.zeros_like(like, dtype=dtype)
+        made.append((e.param, new))
+    for device, waiting in unpacked.items():
+        steps = pack_steps([step for _, step in waiting], step_dtype, device)
+        for (new, _), step in zip(waiting, steps, strict=True):
+            new["step"] = step
+    for param, new in made:
+        if new:
+            state[param].update({key: new[key] for key in ("step", *MOMENTS) if key in new})
 
 
 def pack_steps(
-    values: Sequence[float], dtype: torch.dtype, device: torch.device
+    values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Step counters, 0-dim, as views of one tensor on the device."""
-    host = torch.tensor(values, dtype=dtype, device="cpu")
-    if device.type != "cpu":
-        host = host.pin_memory().to(device, non_blocking=True)
-    return host.unbind()
+    """Step counters, 0-dim, as views of one tensor on the device; values from anywhere."""
+    host = torch.tensor(_numbers(values), dtype=dtype, device="cpu")
+    if device.type == "cpu":
+        return host.unbind()
+    pinned = host.pin_memory() if device.type in ("cuda", "xpu") else host
+    return pinned.to(device, non_blocking=True).unbind()
+
+
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """All values as Python numbers: one wait a device, not one a value."""
+    numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in values]
+    places: dict[torch.device, list[int]] = {}
+    for i, x in enumerate(values):
+        if isinstance(x, Tensor):
+            places.setdefault(x.device, []).append(i)
+    for where in places.values():
+        tensors = [x for i in where if isinstance(x := values[i], Tensor)]
+        stacked = torch.stack([x.detach().reshape(()).to(torch.float64) for x in tensors])
+        for i, number in zip(where, stacked.tolist(), strict=True):
+            numbers[i] = number
+    return numbers
 
 
 def own_state(
@@ -88,7 +121,7 @@ def own_state(
             }
             steps.setdefault(p.device, []).append((own[p], state[p]["step"]))
     for device, loaded in steps.items():
-        values = [float(x) for _, x in loaded]
+        values = [x for _, x in loaded]
         for (s, _), step in zip(loaded, pack_steps(values, step_dtype, device), strict=True):
             s["step"] = step
     return own

@@ -52,7 +52,8 @@ def _adamw_update(
     """One AdamW update of values in the compute dtype; the scalars are schedule.py's."""
     g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
     m = _average(m, g, w1, g - m)
-    # an overflowed second moment counts as the largest number: inf - inf would be NaN
+    # An overflowed second moment counts as the largest number: inf - inf would be NaN. It still is
+    # where g * g itself overflows with beta2 <= 1/2; a select against that costs 8 registers.
     v = tl.minimum(v, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     v = _average(v, g * g, w2, tl.fma(g, g, -v))
     if AMSGRAD:
@@ -220,15 +221,31 @@ def adamw(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
     `store_grad`, which leaves unscaled gradients behind.
     """
     if table.n_programs:
-        _adamw[(table.n_programs,)](
-            memory.words,
-            memory.scalars,
-            memory.scalars64,
-            table.n_groups,
-            table.n_tensors,
-            table.blocks_per_chunk,
-            SIGNATURES=constexpr_signatures(table.signatures),
-            STORE_GRAD=store_grad,
-            BLOCK=t.BLOCK,
-            **launch_options(table, memory.words.device, store_grad),
-        )
+        arguments, options = _call(table, memory, store_grad)
+        _adamw[(table.n_programs,)](*arguments, **options)
+
+
+def compile_for(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
+    """Compile what `adamw` will launch, so that it fails before the schedule has counted a step."""
+    if isinstance(_adamw, triton.runtime.JITFunction):  # the interpreter compiles nothing
+        arguments, options = _call(table, memory, store_grad)
+        _adamw.warmup(*arguments, grid=(1,), **options)
+
+
+def _call(
+    table: t.Table, memory: t.Memory, store_grad: bool
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    arguments = (
+        memory.words,
+        memory.scalars,
+        memory.scalars64,
+        table.n_groups,
+        table.n_tensors,
+        table.blocks_per_chunk,
+    )
+    constexprs = {
+        "SIGNATURES": constexpr_signatures(table.signatures),
+        "STORE_GRAD": store_grad,
+        "BLOCK": t.BLOCK,
+    }
+    return arguments, {**constexprs, **launch_options(table, memory.words.device, store_grad)}

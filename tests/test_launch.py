@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_captured_step_has_memory_of_its_own(
     launcher = adamw._launchers[device]
     with Recording(monkeypatch):
         adamw.step()
-    (memory, host), eager = launcher.captured[0], launcher._memory
+    (memory, host, _), eager = launcher.captured[0], launcher._memory
     assert eager is not None
     assert memory.words.data_ptr() != eager.words.data_ptr()
     assert memory.scalars.data_ptr() != eager.scalars.data_ptr()
@@ -102,7 +103,26 @@ def test_captured_step_has_memory_of_its_own(
     adamw.step()
     assert torch.equal(memory.words, recorded)
     assert torch.equal(host, source)
-    assert adamw._captured == [(memory, host)]  # alive as long as the optimizer
+    adamw.load_state_dict(adamw.state_dict())
+    assert len(adamw._captured) == 1  # alive as long as the optimizer, however often it loads
+
+
+def test_captured_step_keeps_its_copies_alive(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay writes and reads the gradient's copy, though the plan has long another one."""
+    p, other = (torch.nn.Parameter(torch.randn(4, 6, device=device)) for _ in range(2))
+    adamw = FusedAdamW([p, other], backend="triton")
+    p.grad = torch.randn(6, 4, device=device).t()  # of another layout: copied
+    adamw.step()
+    with Recording(monkeypatch):
+        adamw.step()
+    assert adamw._plan is not None
+    copy = weakref.ref(adamw._plan.copied[0].grad_copy)
+    other.grad = torch.randn_like(other)  # its first: a new plan, with copies of its own
+    adamw.step()
+    assert adamw._plan.copied[0].grad_copy is not copy()
+    assert copy() is not None
 
 
 def test_each_capture_wants_a_step_before_it(
@@ -138,3 +158,28 @@ def test_memory_fits_only_its_own_size(device: torch.device) -> None:
     assert not memory.fits(dataclasses.replace(table, n_tensors=4))
     wide = t.Signature(*[torch.float64] * 4, amsgrad=False)
     assert not memory.fits(dataclasses.replace(table, signatures=(wide,)))
+
+
+@pytest.mark.parametrize("failing", ["prepare", "compile_for"])
+def test_a_launch_that_cannot_be_prepared_counts_no_step(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    params = model(device)
+    adamw = FusedAdamW(params, backend="triton")
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of resources")
+
+    if failing == "prepare":
+        monkeypatch.setattr(launch.Launcher, "prepare", fails)
+    else:
+        kernels = launch.load_kernels(device)
+        monkeypatch.setattr(kernels.adamw, "compile_for", fails)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="out of resources"):
+        adamw.step()
+    assert all(map(torch.equal, params, before))
+    assert [float(adamw.state[p]["step"]) for p in params] == [0, 0, 0]
+    monkeypatch.undo()
+    adamw.step()
+    assert [float(adamw.state[p]["step"]) for p in params] == [1, 1, 1]
