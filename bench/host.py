@@ -2,10 +2,10 @@
 
 The launches are stubbed on our side and left out on torch's. Three parts of ours are compared with
 torch's `_init_group` and `_group_tensors_by_device_and_dtype`: the look at every tensor (addresses
-of params, gradients and states, dtype and layout of params and gradients), the same with dtype and
-layout of the moments, as a step has it, and the whole step with its version counters and hooks.
-Rounds are interleaved in one run and compared as ratios: on a shared CPU machine the microseconds
-themselves are noise.
+and dtypes of params, gradients and states, layouts of params and gradients), the same with the
+identity of params and states, as a step has it, and the whole step with its version counters and
+hooks. Rounds are interleaved in one run and compared as ratios: on a shared CPU machine the
+microseconds themselves are noise.
 
     python bench/host.py
 """
@@ -26,7 +26,6 @@ from rich.progress import track
 from rich.table import Table
 
 from fused_adamw import FusedAdamW, optimizer, plan
-from fused_adamw.plan import flat
 
 
 class StubbedLauncher:
@@ -61,18 +60,17 @@ def look(adamw: FusedAdamW) -> Callable[[], None]:
     """Our look at all tensors, and that it is equal to the last one."""
 
     def run() -> None:
-        params, before = flat(adamw.param_groups), adamw._plan
+        before = adamw._plan
         assert before is not None
-        states = plan.states_of(before.entries, adamw.state)
-        now = plan.look(adamw.param_groups, params, [p.grad for p in params], states)
+        now, _ = plan.look(adamw.param_groups, before.entries, adamw.state)
         assert now == before.look
 
     return run
 
 
-def look_and_moments(adamw: FusedAdamW) -> Callable[[], None]:
-    """The same with dtype and layout of the states, as a step has it."""
-    return lambda: adamw._current_plan([p.grad for p in flat(adamw.param_groups)]) and None
+def look_and_identity(adamw: FusedAdamW) -> Callable[[], object]:
+    """The same with the identity of params and states, as a step has it."""
+    return adamw._current_plan
 
 
 def torchs_host_part(adamw: torch.optim.AdamW) -> Callable[[], None]:
@@ -99,7 +97,7 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}; median of {options.rounds} interleaved rounds"
     )
-    names = "look", "+ moments", "step"
+    names = "look", "+ identity", "step"
     columns = "us: tensors", *names, "torch (t.)", *(f"{name} / t." for name in names)
     table = Table(*columns, box=None)
     with mock.patch.object(optimizer, "Launcher", StubbedLauncher):
@@ -109,7 +107,7 @@ def main() -> None:
             ours.step()
             theirs.step()
             torchs = torchs_host_part(theirs)
-            parts = look(ours), look_and_moments(ours), ours.step, torchs
+            parts = look(ours), look_and_identity(ours), ours.step, torchs
             rounds = [
                 [seconds(part) for part in parts]
                 for _ in track(

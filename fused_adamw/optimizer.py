@@ -17,7 +17,7 @@ from . import state as stating
 from .checks import check_hypers, check_plain
 from .launch import GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
-from .plan import Entry, Plan
+from .plan import Entry, Plan, Seen
 
 Grads: TypeAlias = list[Tensor | None]
 
@@ -184,7 +184,6 @@ class FusedAdamW(Optimizer):
     # as torch.optim does it: torch.compiler.disable would import the compiler along, 2 s
     @torch._disable_dynamo  # type: ignore[attr-defined]  # private, but the one that torch.optim uses
     def _update(self) -> None:
-        grads: Grads = [p.grad for p in planning.flat(self.param_groups)]
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         differentiable = [group for group in self.param_groups if group["differentiable"]]
@@ -194,7 +193,8 @@ class FusedAdamW(Optimizer):
                 "optimizer with fused=False, so that GradScaler does it."
             )
         self._check_changed_hypers()
-        plan, states = self._current_plan(grads)
+        plan, seen = self._current_plan()
+        grads = seen.grads
         tables = {
             device: self._launchers[device].prepare(
                 table, self._group_rows(device), store_grad=grad_scale is not None
@@ -221,20 +221,21 @@ class FusedAdamW(Optimizer):
                     _put_grad(e.param, grad, e.grad_copy)
             if tables:
                 # autograd has not seen the kernel write: a stale graph shall raise
-                written = planning.written_by(plan, grads, states, self.state)
+                written = planning.written_by(plan, seen, self.state)
                 unscaled = [g for g in grads if g is not None] if grad_scale is not None else []
                 torch.autograd.graph.increment_version(written + unscaled)
         for group in differentiable:
             self._run_differentiable(group)
 
-    def _current_plan(self, grads: Grads) -> tuple[Plan, list[Tensor]]:
-        """The plan of this step and all states; every check comes before any change."""
+    def _current_plan(self) -> tuple[Plan, Seen]:
+        """The plan of this step, and its tensors; every check comes before any change."""
         groups, plan = self.param_groups, self._plan
         if plan is not None:
-            followed = planning.follow(plan, groups, grads, self.state)
+            followed = planning.follow(plan, groups, self.state)
             if followed is not None:
                 self._plan = followed[0]
                 return followed
+        grads: Grads = [p.grad for p in planning.flat(groups)]
         entries = planning.make_entries(groups, grads, self.state, plan)
         devices = {e.param.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
@@ -247,8 +248,8 @@ class FusedAdamW(Optimizer):
                 "at least one step() outside the capture, with gradients for the same parameters."
             )
         stating.init_state(entries.all, self.state, _step_dtype())
-        self._plan = planning.make_plan(groups, grads, entries, self.state, on_kernel)
-        return self._plan, planning.states_of(entries, self.state)
+        self._plan, seen = planning.make_plan(groups, grads, entries, self.state, on_kernel)
+        return self._plan, seen
 
     def _has_kernel(self, device: torch.device) -> bool:
         if self.backend == "auto":

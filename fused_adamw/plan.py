@@ -9,6 +9,7 @@ alive, so that a trainer can move states to the CPU and get their memory back.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from itertools import compress
 from operator import is_
@@ -23,12 +24,10 @@ from .kernels import table as t
 from .layouts import (
     IN_CACHE,
     REALS,
+    Described,
     GradLayout,
-    Kinds,
-    addresses_of,
     grad_layout,
     is_dense,
-    kinds_of,
     same_strides,
 )
 
@@ -64,17 +63,30 @@ class Entries(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a plan depends on; while looks are equal it holds. Keeps no tensor alive."""
+    """What a plan depends on; while looks are equal it holds. Keeps no tensor alive.
+
+    States are taken by address and dtype, and the plan knows the objects: so a state that is
+    replaced is always noticed, wherever its memory is.
+    """
 
     groups: list[tuple[int, bool, bool]]  # number of params, amsgrad, differentiable
-    params: tuple[list[int], Kinds]
+    params: Described
     states: list[int]  # addresses
+    state_dtypes: list[torch.dtype]
     present: list[bool]  # whether each param has a gradient; empty: all have
-    grads: tuple[list[int], Kinds]  # of those present
+    grads: Described  # of those present
 
     def same_tensors(self, other: Look) -> bool:
         """Whether groups, params and states are the same; gradients may have moved."""
-        return (self.groups, self.params, self.states) == (other.groups, other.params, other.states)
+        return self[:4] == other[:4]
+
+
+class Seen(NamedTuple):
+    """The tensors of one step, for as long as it takes."""
+
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    states: list[Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +94,8 @@ class Plan:
     """Entries by device; a device that a kernel updates has a table, the others the reference."""
 
     look: Look
-    state_kinds: Kinds
     params: list[Tensor]
+    states: list[weakref.ref[Tensor]]
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
@@ -97,24 +109,32 @@ def flat(groups: Groups) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
-def look(
-    groups: Groups,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    states: Sequence[Tensor],
-) -> Look:
+def look(groups: Groups, entries: Entries, state: State) -> tuple[Look, Seen]:
     """Look at all tensors of a step: most of what it costs on the host (bench/host.py).
 
-    Raises what torch raises for a tensor without an address, a sparse one say.
+    Raises KeyError where a state is missing, and what torch raises for a tensor without an address
+    or strides, a sparse one say.
     """
-    here = [g for g in grads if g is not None]
-    return Look(
-        groups=[(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups],
-        params=(addresses_of(params), kinds_of(params, lazy=True)),
-        states=addresses_of(states),
-        present=[] if len(here) == len(grads) else [g is not None for g in grads],
-        grads=(addresses_of(here), kinds_of(here, lazy=True)),
-    )
+    seen = Seen(flat(groups), [], states_of(entries, state))
+    params, grads = Described.nothing(), Described.nothing()
+    present: list[bool] = []
+    for i in range(0, len(seen.params), IN_CACHE):
+        part = seen.params[i : i + IN_CACHE]
+        own = [p.grad for p in part]
+        here = [g for g in own if g is not None]
+        seen.grads.extend(own)
+        params.add(part)
+        grads.add(here)
+        if len(here) < len(own) or present:
+            present += [True] * (i - len(present)) + [g is not None for g in own]
+    addresses: list[int] = []
+    dtypes: list[torch.dtype] = []
+    for i in range(0, len(seen.states), IN_CACHE):
+        some = seen.states[i : i + IN_CACHE]
+        addresses += map(Tensor.data_ptr, some)
+        dtypes += [x.dtype for x in some]
+    counts = [(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups]
+    return Look(counts, params, addresses, dtypes, present, grads), seen
 
 
 def states_of(entries: Entries, state: State) -> list[Tensor]:
@@ -131,38 +151,31 @@ def states_of(entries: Entries, state: State) -> list[Tensor]:
     return states
 
 
-def follow(
-    plan: Plan, groups: Groups, grads: Sequence[Tensor | None], state: State
-) -> tuple[Plan, list[Tensor]] | None:
-    """The plan as it is, or with gradients elsewhere, and all states; None where it is stale."""
-    params = flat(groups)
+def follow(plan: Plan, groups: Groups, state: State) -> tuple[Plan, Seen] | None:
+    """The plan as it is, or with gradients elsewhere; None where it is stale."""
     try:
-        states = states_of(plan.entries, state)
-        new = look(groups, params, grads, states)
-        state_kinds = kinds_of(states, lazy=False)
+        new, seen = look(groups, plan.entries, state)
     except (KeyError, TypeError, RuntimeError, NotImplementedError):
-        return None  # something has no address or is missing: the checks find the words for it
+        return None  # something is missing or has no address: the checks find the words for it
     same = (
         new.same_tensors(plan.look)
-        and len(params) == len(plan.params)
-        and all(map(is_, params, plan.params))
-        and state_kinds == plan.state_kinds
+        and len(seen.params) == len(plan.params)
+        and all(map(is_, seen.params, plan.params))
+        and all(map(is_, [ref() for ref in plan.states], seen.states))
     )
     if not same:
         return None
     if new != plan.look:
-        moved = move_grads(plan, new, grads)
-        return None if moved is None else (moved, states)
-    return plan, states
+        moved = move_grads(plan, new, seen.grads)
+        return None if moved is None else (moved, seen)
+    return plan, seen
 
 
-def written_by(
-    plan: Plan, grads: Sequence[Tensor | None], states: list[Tensor], state: State
-) -> list[Tensor]:
+def written_by(plan: Plan, seen: Seen, state: State) -> list[Tensor]:
     """Params and states that a step of the plan writes: those with a gradient."""
-    if len(plan.entries.all) == len(grads) and not plan.look.present:
-        return plan.params + states
-    busy = Entries.of([e for e in plan.entries.all if grads[e.place] is not None])
+    if len(plan.entries.all) == len(seen.params) and not plan.look.present:
+        return seen.params + seen.states
+    busy = Entries.of([e for e in plan.entries.all if seen.grads[e.place] is not None])
     return busy.params + states_of(busy, state)
 
 
@@ -227,17 +240,17 @@ def make_plan(
     entries: Entries,
     state: State,
     on_kernel: Collection[torch.device],
-) -> Plan:
+) -> tuple[Plan, Seen]:
     """The plan for checked entries whose state is there."""
     by_device: dict[torch.device, list[Entry]] = {}
     for e in entries.all:
         by_device.setdefault(e.param.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
-    states = states_of(entries, state)
-    return Plan(
-        look=look(groups, flat(groups), grads, states),
-        state_kinds=kinds_of(states, lazy=False),
-        params=flat(groups),
+    new, seen = look(groups, entries, state)
+    plan = Plan(
+        look=new,
+        params=seen.params,
+        states=list(map(weakref.ref, seen.states)),
         entries=entries,
         copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),
         by_device={device: tuple(own) for device, own in by_device.items()},
@@ -251,6 +264,7 @@ def make_plan(
             for device in on_kernel
         },
     )
+    return plan, seen
 
 
 def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | None:
@@ -261,7 +275,7 @@ def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | 
         for place, grad in enumerate(grads):
             if grad is not None and known.get(place) != grad_layout(grad):
                 return None
-    elif new.grads[1] != plan.look.grads[1]:
+    elif not new.grads.same_kinds(plan.look.grads):
         return None
     tables = {
         device: dataclasses.replace(table, grads=grad_column(plan.by_device[device], grads))

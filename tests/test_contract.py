@@ -1402,7 +1402,15 @@ GRAD_CHANGES: dict[str, tuple[tuple[int, ...], list[Callable[[Tensor], Tensor]]]
             lambda m: m.view(torch.bfloat16)[:9],
         ],
     ),
-    "negated_when_read": ((9,), [lambda m: m[:9], lambda m: torch._neg_view(m[:9])]),
+    # an imaginary part of a conjugate; of more elements it is not contiguous
+    "negated_when_read": (
+        (1,),
+        [lambda m: m[1:2], lambda m: torch.view_as_complex(m[:2].view(1, 2)).conj().imag],
+    ),
+    "negated_and_strided": (
+        (4,),
+        [lambda m: m[1:9:2], lambda m: torch.view_as_complex(m[:8].view(4, 2)).conj().imag],
+    ),
     "expanded": ((3, 3), [lambda m: m[:9].view(3, 3), lambda m: m[:3].expand(3, 3)]),
 }
 
