@@ -113,7 +113,7 @@ def own_state(
             check_state(name, p, state[p])
             like = p if is_dense(p) else torch.empty_like(p, memory_format=torch.preserve_format)
             own[p] = {
-                key: torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x)
+                key: torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x.detach())
                 if key in MOMENTS
                 else deepcopy(x)
                 for key, x in state[p].items()
