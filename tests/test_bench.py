@@ -1,0 +1,232 @@
+"""bench/cases.py has the architectures' own shapes, and bench/step.py runs to its end."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def cases() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_cases", BENCH / "cases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "groups", "numel"),
+    [
+        # published: 124M, 25.6M, 86.6M, 1.24B and 8.03B parameters
+        pytest.param("gpt2", 148, 2, 124_439_808, id="gpt2"),
+        pytest.param("gpt2-unaligned", 148, 2, 124_439_808, id="gpt2-unaligned"),
+        pytest.param("resnet50", 161, 2, 25_557_032, id="resnet50"),
+        pytest.param("vit-b", 152, 2, 86_567_656, id="vit-b"),
+        pytest.param("llama-1b", 146, 2, 1_235_814_400, id="llama-1b"),
+        pytest.param("llama-1b-bf16", 146, 2, 1_235_814_400, id="llama-1b-bf16"),
+        pytest.param("llama-1b-mixed", 146, 2, 1_235_814_400, id="llama-1b-mixed"),
+        pytest.param("llama-8b-fsdp8", 291, 2, 8_030_261_248 // 8, id="llama-8b-fsdp8"),
+        pytest.param("moe-10000", 10_000, 2, None, id="moe-10000"),
+        pytest.param("465-groups", 465, 465, None, id="465-groups"),
+        pytest.param("10000x64", 10_000, 1, 640_000, id="10000x64"),
+        pytest.param("200x1Mi", 200, 1, 200 * 2**20, id="200x1Mi"),
+        pytest.param("10x16Mi", 10, 1, 10 * 2**24, id="10x16Mi"),
+        pytest.param("1Gi", 1, 1, 2**30, id="1Gi"),
+    ],
+)
+def test_totals(cases: ModuleType, name: str, tensors: int, groups: int, numel: int | None) -> None:
+    case = cases.CASES[name]
+    assert (case.tensors, len(case.groups)) == (tensors, groups)
+    assert numel is None or case.numel == numel
+
+
+def test_names_are_unique(cases: ModuleType) -> None:
+    every = {**cases.CASES, **cases.TINY_CASES}
+    assert len(every) == len(cases.CASES) + len(cases.TINY_CASES) == 18
+    assert all(name == case.name for name, case in every.items())
+
+
+@pytest.mark.parametrize(
+    ("param", "formats", "each"),
+    [
+        # DESIGN.md, section 8: bytes read and written for a parameter
+        pytest.param(torch.float32, {}, 28, id="fp32"),
+        pytest.param(torch.bfloat16, {"moments": torch.float32}, 22, id="bf16_fp32_moments"),
+        pytest.param(torch.bfloat16, {}, 14, id="bf16"),
+        pytest.param(torch.bfloat16, {"moments": torch.uint8}, 10, id="bf16_8_bit_moments"),
+        pytest.param(torch.float32, {"grad": torch.bfloat16}, 26, id="fp32_bf16_grads"),
+    ],
+)
+def test_count_bytes(
+    cases: ModuleType, param: torch.dtype, formats: dict[str, torch.dtype], each: int
+) -> None:
+    case = cases.Case("x", (cases.Group((cases.Leaf((3, 5), param), cases.Leaf((), param))),))
+    assert cases.count_bytes(case, **formats) == 16 * each
+
+
+def test_count_bytes_of_mixed_formats(cases: ModuleType) -> None:
+    case = cases.CASES["llama-1b-mixed"]
+    norms = 33 * 2048  # two in each of 16 layers, and the last one
+    assert cases.count_bytes(case) == 28 * norms + 14 * (case.numel - norms)
+
+
+@pytest.mark.parametrize("unaligned", [False, True], ids=["aligned", "unaligned"])
+def test_made_as_described(cases: ModuleType, unaligned: bool) -> None:
+    case = dataclasses.replace(cases.TINY_CASES["tiny-mixed"], unaligned=unaligned)
+    groups = cases.make(case, torch.device("cpu"))
+    params = [p for group in groups for p in group["params"]]
+    grads, buffers = cases.gradients(case, torch.device("cpu"))
+    assert [(p.shape, p.dtype) for p in params] == [(x.shape, x.dtype) for x in case.leaves]
+    assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in case.leaves]
+    assert [len(group["params"]) for group in groups] == [len(x.leaves) for x in case.groups]
+    assert all(p.is_leaf and p.is_contiguous() for p in params)
+    if unaligned:
+        assert len({p.untyped_storage().data_ptr() for p in params}) == 2  # one buffer a dtype
+    for tensors in params, grads:
+        offsets = {x.data_ptr() % 16 // x.itemsize for x in tensors if x.numel()}
+        assert offsets == {int(unaligned)}
+    for buffer in buffers:
+        buffer.zero_()
+    for i, grad in enumerate(grads):  # they share no element
+        assert not grad.count_nonzero()
+        grad.fill_(i + 1)
+    assert all(bool((grad == i + 1).all()) for i, grad in enumerate(grads))
+
+
+def test_random_everywhere(cases: ModuleType) -> None:
+    for case in cases.TINY_CASES.values():
+        for group in cases.make(case, torch.device("cpu")):
+            for p in group["params"]:
+                assert p.numel() < 2 or p.std() > 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """Folder, numbers and output of bench/step.py on the tiny cases, on the CPU."""
+    out = tmp_path_factory.mktemp("step")
+    command = [sys.executable, str(BENCH / "step.py"), "--rounds", "2", "--out", str(out)]
+    command += ["--cases", "tiny", "tiny-mixed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, json.loads((out / "step.json").read_text()), done.stdout
+
+
+def test_step_times_all_on_cpu(run: tuple[Path, dict[str, Any], str]) -> None:
+    _, numbers, _ = run
+    lines = {(line["case"], line["provider"]): line for line in numbers["lines"]}
+    torchs = "torch-fused", "torch-foreach", "torch-loop"
+    for case in "tiny", "tiny-mixed":
+        for provider in ("fused_adamw", "fused_adamw again", *torchs):
+            line = lines[case, provider]
+            assert not line["problem"]
+            assert len(line["wall"]) == 2
+            assert min(line["wall"]) > 0
+            assert line["tbs"] > 0
+            assert not line["gpu"]
+            assert line["launches"] is None
+    # two moments, and a step of 4 bytes for each of 6 tensors
+    fused = lines["tiny", "torch-fused"]
+    assert fused["state_bytes"] == 8 * fused["numel"] + 4 * 6
+    assert lines["tiny", "fused_adamw"]["state_bytes"] == fused["state_bytes"]
+    assert fused["times_torch_fused"]["wall"] == 1
+    assert len(numbers["noise"]) == 2
+    assert math.isfinite(numbers["geometric_means"]["fused_adamw"]["wall"])
+    assert all(value > 0 for value in numbers["ceilings"].values())
+
+
+def test_step_prints_and_draws(run: tuple[Path, dict[str, Any], str]) -> None:
+    out, numbers, printed = run
+    assert printed.splitlines()[0].startswith(numbers["machine"]["device"])
+    for line in numbers["lines"]:
+        assert line["provider"] in printed
+    for name in "throughput.png", "host.png", "memory.png":
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def step(cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """bench/step.py as a module that finds no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "cases", cases)  # found beside the script otherwise
+    spec = importlib.util.spec_from_file_location("bench_step", BENCH / "step.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gradients_are_fresh(cases: ModuleType, step: ModuleType) -> None:
+    """New values in new tensors at the old addresses; one of them elsewhere if so wanted."""
+    case = cases.TINY_CASES["tiny-mixed"]
+    params = [p for group in cases.make(case, torch.device("cpu")) for p in group["params"]]
+    grads = step.Gradients(case, params, torch.device("cpu"))
+    grads.refresh()
+    before, values = [p.grad for p in params], [p.grad.clone() for p in params]
+    grads.refresh()
+    for p, old, value in zip(params, before, values, strict=True):
+        assert p.grad is not old
+        assert p.grad.data_ptr() == old.data_ptr()
+        assert not p.numel() or not torch.equal(p.grad, value)
+    grads.move_one()
+    moved = [p.grad.data_ptr() != old.data_ptr() for p, old in zip(params, before, strict=True)]
+    assert sum(moved) == 1
+    assert params[moved.index(True)].grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_stream_kernel(step: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
+    p, g, m, v = (torch.randn(2 * step.BLOCK, device=device).to(dtype) for _ in range(4))
+    wanted = [(x / 2).to(dtype) for x in (p.float() + g, m.float() - g, v.float() + g)]
+    read_only = g.clone()
+    step.stream_kernel()[(2,)](p, g, m, v, BLOCK=step.BLOCK)
+    assert torch.equal(g, read_only)
+    for x, want in zip((p, m, v), wanted, strict=True):
+        assert torch.equal(x, want)  # one rounding, and halves are exact
+
+
+def test_step_reports_a_provider_that_fails(
+    step: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = {"4R3W fp32": [1.0], "copy fp32": [1.0]}
+
+    def broken(*_: object) -> torch.optim.Optimizer:
+        raise RuntimeError("no such luck\nand a second line")
+
+    def too_large(*_: object) -> torch.optim.Optimizer:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(step, "measure_ceilings", lambda _, into, __: into.update(one))
+    monkeypatch.setitem(step.PROVIDERS, "torch-loop", step.Provider(broken))
+    monkeypatch.setitem(step.PROVIDERS, "fused_adamw", step.Provider(too_large))
+    options = ["--cases", "tiny", "--rounds", "1", "--out", str(tmp_path), "--providers"]
+    everyone = "fused_adamw", "torch-fused", "torch-loop", "apex"
+    assert step.main([*options, *everyone]) == 0  # too little memory is no failure of ours
+    printed = capsys.readouterr().out
+    assert "RuntimeError: no such luck" in printed
+    assert "OutOfMemoryError: CUDA out of memory." in printed
+    lines = {x["provider"]: x for x in json.loads((tmp_path / "step.json").read_text())["lines"]}
+    assert len(lines["torch-fused"]["wall"]) == len(lines["torch-fused again"]["wall"]) == 1
+    assert not lines["torch-loop"]["wall"]
+
+    monkeypatch.setitem(step.PROVIDERS, "fused_adamw", step.Provider(broken))
+    assert step.main([*options, *everyone]) == 1
