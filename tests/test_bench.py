@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,24 @@ def test_step_reports_a_provider_that_fails(
 
     monkeypatch.setitem(step.PROVIDERS, "fused_adamw", step.Provider(broken))
     assert step.main([*options, *everyone]) == 1
+
+
+def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
+    """So that it is not found broken when a GPU is there; a part that fails stops no other."""
+    script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "gpu"), "no-such-part step train", "tiny"],
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    summary = (tmp_path / "gpu" / "summary.txt").read_text()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no part is called no-such-part" in summary
+    assert re.search(r"step +exit 0", summary), done.stdout
+    assert re.search(r"train +exit 0", summary), done.stdout
+    files = {path.name for path in (tmp_path / "gpu").iterdir()}
+    assert {"step.json", "loss.json", "logs.tar.gz"} <= files
+    assert len(files) <= 8  # what the device machine gives back

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything that a GPU can tell, in one call of under 8 minutes and with nothing from outside: the
+# machine needs torch, triton, numpy, pytest, hypothesis, rich and matplotlib, and a CUDA toolkit for
+# the sanitizer and ncu. Each part survives the failure of another; the summary comes last.
+#
+#   bash bench/gpu.sh out/gpu                                 # all parts
+#   bash bench/gpu.sh out/gpu "tests sanitizer"               # some
+#   bash bench/gpu.sh out/gpu "step train" "tiny tiny-mixed"  # some cases; runs without a GPU, too
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES]}")
+parts=${2:-"tests sanitizer step train ncu"}
+cases=${3:-}
+mkdir -p "$out" && logs=$(mktemp -d)
+export PYTHONUNBUFFERED=1
+python=$(command -v python3)
+failed=0
+
+part() { # name, seconds at most, command ...
+    local name=$1 limit=$2 start=$SECONDS code
+    shift 2
+    timeout -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
+    code=$?
+    [ $code -eq 0 ] || failed=1
+    printf '%-10s exit %-3s %4ss  %s\n' "$name" "$code" "$((SECONDS - start))" "$*" | tee -a "$out/summary.txt"
+}
+
+: >"$out/summary.txt"
+if ! "$python" -c 'import fused_adamw' 2>/dev/null; then
+    part install 60 "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e .
+fi
+for name in $parts; do
+    case $name in
+    # from the folder of the tests: `-m` would put the repository's root, and `kernels`, on the path
+    tests) part tests 170 bash -c "cd tests && '$python' -m pytest -q --maxfail=20 --durations=15 ." ;;
+    sanitizer)
+        for tool in memcheck racecheck; do
+            # torch's caching allocator would hide what runs past the end of a tensor
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 40 \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/few_steps.py
+        done
+        ;;
+    # shellcheck disable=SC2086  # the cases are words
+    step) part step 140 "$python" bench/step.py --out "$out" ${cases:+--cases $cases --rounds 2} ;;
+    train) part train 50 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
+    ncu)
+        part ncu 30 ncu --clock-control none --kernel-name regex:_adamw --launch-count 3 \
+            --section SpeedOfLight --section Occupancy --section LaunchStats --section MemoryWorkloadAnalysis \
+            "$python" bench/few_steps.py --numel 16777216
+        ;;
+    *) echo "no part is called $name" | tee -a "$out/summary.txt" && failed=1 ;;
+    esac
+done
+tar -C "$logs" -czf "$out/logs.tar.gz" .
+for log in "$logs"/*.log; do
+    printf '\n== %s\n' "$(basename "$log" .log)"
+    tail -n 25 "$log" | cut -c1-200
+done
+printf '\n' && cat "$out/summary.txt"
+exit $failed
