@@ -54,7 +54,7 @@ done
 tar -C "$logs" -czf "$out/logs.tar.gz" .
 for log in "$logs"/*.log; do
     printf '\n== %s\n' "$(basename "$log" .log)"
-    tail -n 25 "$log" | cut -c1-200
+    tail -n 25 "$log"
 done
 printf '\n' && cat "$out/summary.txt"
 exit $failed
