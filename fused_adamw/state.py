@@ -39,8 +39,9 @@ def _lacking(e: Entry, s: Mapping[str, Any]) -> list[str]:
 def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) -> None:
     """Give each entry what is missing of its state, in the param's layout.
 
-    Steps are packed by device. Nothing here waits for a device. All is allocated before any state
-    is changed, so that running out of memory leaves them as they were.
+    Steps are packed by device. Waits for a device only where a step of the user's own lies there in
+    another form than ours. All is allocated before any state is changed, so that running out of
+    memory leaves them as they were.
     """
     made: list[tuple[Tensor, dict[str, Tensor]]] = []
     unpacked: dict[torch.device, list[tuple[dict[str, Tensor], Any]]] = {}

@@ -7,26 +7,28 @@ import triton
 import triton.language as tl
 
 from . import table as t
+from .columns import (
+    ACTIVE,
+    DECAY,
+    EPSILON,
+    GRAD_FACTOR,
+    GROUP_WORDS,
+    L2,
+    NEG_STEP_SIZE,
+    RSQRT_BIAS2,
+    SCALARS,
+    TENSOR_WORDS,
+    UNSCALE,
+    W1,
+    W2,
+)
 
-_GROUP_WORDS = tl.constexpr(t.GROUP_WORDS)
-_TENSOR_WORDS = tl.constexpr(t.TENSOR_WORDS)
-_SCALARS = tl.constexpr(t.SCALARS)
 _PARAM = tl.constexpr(t.PARAM)
 _EXP_AVG = tl.constexpr(t.EXP_AVG)
 _EXP_AVG_SQ = tl.constexpr(t.EXP_AVG_SQ)
 _MAX_EXP_AVG_SQ = tl.constexpr(t.MAX_EXP_AVG_SQ)
 _NUMEL = tl.constexpr(t.NUMEL)
 _SIGNATURE = tl.constexpr(t.SIGNATURE)
-_ACTIVE = tl.constexpr(t.ACTIVE)
-_GRAD_FACTOR = tl.constexpr(t.GRAD_FACTOR)
-_UNSCALE = tl.constexpr(t.UNSCALE)
-_W1 = tl.constexpr(t.W1)
-_W2 = tl.constexpr(t.W2)
-_RSQRT_BIAS2 = tl.constexpr(t.RSQRT_BIAS2)
-_EPSILON = tl.constexpr(t.EPSILON)
-_NEG_STEP_SIZE = tl.constexpr(t.NEG_STEP_SIZE)
-_DECAY = tl.constexpr(t.DECAY)
-_L2 = tl.constexpr(t.L2)
 
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
 
@@ -112,20 +114,20 @@ def _block(
         v_max = tl.load(v_max_at, mask=mask).to(COMPUTE)
 
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
-        tl.store(g_at, (g * tl.load(scalars + _UNSCALE)).to(GRAD), mask=mask)
+        tl.store(g_at, (g * tl.load(scalars + UNSCALE)).to(GRAD), mask=mask)
     p, m, v, v_max = _adamw_update(
         p,
-        g * tl.load(scalars + _GRAD_FACTOR),
+        g * tl.load(scalars + GRAD_FACTOR),
         m,
         v,
         v_max,
-        tl.load(scalars + _W1),
-        tl.load(scalars + _W2),
-        tl.load(scalars + _RSQRT_BIAS2),
-        tl.load(scalars + _EPSILON),
-        tl.load(scalars + _NEG_STEP_SIZE),
-        tl.load(scalars + _DECAY),
-        tl.load(scalars + _L2),
+        tl.load(scalars + W1),
+        tl.load(scalars + W2),
+        tl.load(scalars + RSQRT_BIAS2),
+        tl.load(scalars + EPSILON),
+        tl.load(scalars + NEG_STEP_SIZE),
+        tl.load(scalars + DECAY),
+        tl.load(scalars + L2),
         AMSGRAD,
         1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38,
     )
@@ -148,17 +150,17 @@ def _adamw(
     STORE_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    grads = words + n_groups * _GROUP_WORDS
+    grads = words + n_groups * GROUP_WORDS
     tensors = grads + n_tensors
-    chunks = tensors + n_tensors * _TENSOR_WORDS
+    chunks = tensors + n_tensors * TENSOR_WORDS
     program = tl.program_id(0)
     chunk = tl.load(chunks + program // blocks_per_chunk)
     index = chunk & 0xFFFFFFFF
     start = ((chunk >> 32) + program % blocks_per_chunk) * BLOCK  # int64: tensors pass 2^31
-    tensor = tensors + index * _TENSOR_WORDS
+    tensor = tensors + index * TENSOR_WORDS
     numel = tl.load(tensor + _NUMEL)
     grad = tl.load(grads + index)
-    active = tl.load(scalars + index * _SCALARS + _ACTIVE)
+    active = tl.load(scalars + index * SCALARS + ACTIVE)
     if (start >= numel) | (grad == 0) | (active == 0):
         return
 
@@ -173,9 +175,9 @@ def _adamw(
     for i in tl.static_range(len(SIGNATURES)):
         if signature == i:
             if SIGNATURES[i][0] == tl.float64:
-                row = scalars64 + index * _SCALARS
+                row = scalars64 + index * SCALARS
             else:
-                row = scalars + index * _SCALARS
+                row = scalars + index * SCALARS
             if vectors > 0:
                 _block(
                     tensor, grad, row, start, 0, vectors,

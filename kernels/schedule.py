@@ -11,10 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from . import table as t
+from .columns import (
+    ACTIVE,
+    DECAY,
+    EPSILON,
+    GRAD_FACTOR,
+    GROUP_WORDS,
+    L2,
+    NEG_STEP_SIZE,
+    RSQRT_BIAS2,
+    SCALARS,
+    TENSOR_WORDS,
+    UNSCALE,
+    W1,
+    W2,
+)
 
-_GROUP_WORDS = tl.constexpr(t.GROUP_WORDS)
-_TENSOR_WORDS = tl.constexpr(t.TENSOR_WORDS)
-_SCALARS = tl.constexpr(t.SCALARS)
 _LR = tl.constexpr(t.LR)
 _BETA1 = tl.constexpr(t.BETA1)
 _BETA2 = tl.constexpr(t.BETA2)
@@ -28,16 +40,6 @@ _LR_AT = tl.constexpr(t.LR_AT)
 _STEP = tl.constexpr(t.STEP)
 _GROUP = tl.constexpr(t.GROUP)
 _STEP_IS_DOUBLE = tl.constexpr(t.STEP_IS_DOUBLE)
-_ACTIVE = tl.constexpr(t.ACTIVE)
-_GRAD_FACTOR = tl.constexpr(t.GRAD_FACTOR)
-_UNSCALE = tl.constexpr(t.UNSCALE)
-_W1 = tl.constexpr(t.W1)
-_W2 = tl.constexpr(t.W2)
-_RSQRT_BIAS2 = tl.constexpr(t.RSQRT_BIAS2)
-_EPSILON = tl.constexpr(t.EPSILON)
-_NEG_STEP_SIZE = tl.constexpr(t.NEG_STEP_SIZE)
-_DECAY = tl.constexpr(t.DECAY)
-_L2 = tl.constexpr(t.L2)
 
 _TENSORS_PER_PROGRAM = 128
 _STEP_BITS = tl.constexpr(31)  # float32 counts to 2^24 and float64 further: 2^31 steps are enough
@@ -83,9 +85,9 @@ def _one_sided(weight):
 
 @triton.jit
 def _put(scalars, scalars64, tensor, mask, value, COLUMN: tl.constexpr, FLOAT64: tl.constexpr):
-    tl.store(scalars + tensor * _SCALARS + COLUMN, value.to(tl.float32), mask=mask)
+    tl.store(scalars + tensor * SCALARS + COLUMN, value.to(tl.float32), mask=mask)
     if FLOAT64:
-        tl.store(scalars64 + tensor * _SCALARS + COLUMN, value, mask=mask)
+        tl.store(scalars64 + tensor * SCALARS + COLUMN, value, mask=mask)
 
 
 @triton.jit(
@@ -103,7 +105,7 @@ def _schedule(
     FLOAT64: tl.constexpr,
     TENSORS: tl.constexpr,
 ):
-    grads = words + n_groups * _GROUP_WORDS
+    grads = words + n_groups * GROUP_WORDS
     tensors = grads + n_tensors
     tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     mask = tensor < n_tensors
@@ -113,7 +115,7 @@ def _schedule(
         # as a vector: the interpreter cannot `&` a block with a scalar's comparison
         active = active & (tl.load(found_inf + tensor * 0, mask=mask, other=0) == 0)
 
-    row = tensors + tensor * _TENSOR_WORDS
+    row = tensors + tensor * TENSOR_WORDS
     step_at = tl.load(row + _STEP, mask=mask, other=0)
     is_double = tl.load(row + _STEP_IS_DOUBLE, mask=mask, other=0) != 0
     at32 = step_at.to(tl.pointer_type(tl.float32))
@@ -124,7 +126,7 @@ def _schedule(
     tl.store(at64, step64, mask=active & is_double)
     step = tl.where(is_double, step64, step32.to(tl.float64)).to(tl.int64)
 
-    group = words + tl.load(row + _GROUP, mask=mask, other=0) * _GROUP_WORDS
+    group = words + tl.load(row + _GROUP, mask=mask, other=0) * GROUP_WORDS
     flags = tl.load(group + _FLAGS, mask=mask, other=0)
     lr = _hyper(group, flags, mask, 0)
     beta1 = _hyper(group, flags, mask, 1)
@@ -140,17 +142,17 @@ def _schedule(
     bias1 = 1 - _power(beta1, step)
     bias2 = 1 - _power(beta2, step)
 
-    _put(scalars, scalars64, tensor, mask, tl.where(active, zero + 1, zero), _ACTIVE, FLOAT64)
-    _put(scalars, scalars64, tensor, mask, factor, _GRAD_FACTOR, FLOAT64)
-    _put(scalars, scalars64, tensor, mask, unscale, _UNSCALE, FLOAT64)
-    _put(scalars, scalars64, tensor, mask, _one_sided(1 - beta1), _W1, FLOAT64)
-    _put(scalars, scalars64, tensor, mask, _one_sided(1 - beta2), _W2, FLOAT64)
-    _put(scalars, scalars64, tensor, mask, 1 / tl.sqrt(bias2), _RSQRT_BIAS2, FLOAT64)
-    _put(scalars, scalars64, tensor, mask, _double(group + _EPS, mask), _EPSILON, FLOAT64)
-    _put(scalars, scalars64, tensor, mask, -lr / bias1, _NEG_STEP_SIZE, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, tl.where(active, zero + 1, zero), ACTIVE, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, factor, GRAD_FACTOR, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, unscale, UNSCALE, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, _one_sided(1 - beta1), W1, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, _one_sided(1 - beta2), W2, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, 1 / tl.sqrt(bias2), RSQRT_BIAS2, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, _double(group + _EPS, mask), EPSILON, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, -lr / bias1, NEG_STEP_SIZE, FLOAT64)
     decay = tl.where(decoupled, -lr * weight_decay, zero)
-    _put(scalars, scalars64, tensor, mask, decay, _DECAY, FLOAT64)
-    _put(scalars, scalars64, tensor, mask, tl.where(decoupled, zero, weight_decay), _L2, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, decay, DECAY, FLOAT64)
+    _put(scalars, scalars64, tensor, mask, tl.where(decoupled, zero, weight_decay), L2, FLOAT64)
 
 
 def schedule(

@@ -1,0 +1,25 @@
+"""The columns of table.py that both kernels use, as Triton wants its globals.
+
+As constexprs they count in the key of Triton's compile cache: no kernel compiled for another layout
+is ever taken for this one's.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from . import table as t
+
+GROUP_WORDS = tl.constexpr(t.GROUP_WORDS)
+TENSOR_WORDS = tl.constexpr(t.TENSOR_WORDS)
+SCALARS = tl.constexpr(t.SCALARS)
+ACTIVE = tl.constexpr(t.ACTIVE)
+GRAD_FACTOR = tl.constexpr(t.GRAD_FACTOR)
+UNSCALE = tl.constexpr(t.UNSCALE)
+W1 = tl.constexpr(t.W1)
+W2 = tl.constexpr(t.W2)
+RSQRT_BIAS2 = tl.constexpr(t.RSQRT_BIAS2)
+EPSILON = tl.constexpr(t.EPSILON)
+NEG_STEP_SIZE = tl.constexpr(t.NEG_STEP_SIZE)
+DECAY = tl.constexpr(t.DECAY)
+L2 = tl.constexpr(t.L2)
