@@ -39,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 
 from fused_adamw.kernels import adamw, schedule
 from fused_adamw.kernels import table as t
+from fused_adamw.kernels.launch_parameters import LaunchParameters, launch_parameters
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -60,6 +61,7 @@ class Case(NamedTuple):
     signatures: tuple[t.Signature, ...]
     scaled: bool = False  # under GradScaler: unscaled gradients are stored, steps may be skipped
     kernel: Literal["adamw", "schedule"] = "adamw"
+    variant: dict[str, Any] = {}  # noqa: RUF012  # launch parameters other than the target's own
 
 
 def signature(name: str, amsgrad: bool = False) -> t.Signature:
@@ -86,6 +88,12 @@ SETS = {
     "fp32-amsgrad": Case((signature("fp32/fp32/fp32", amsgrad=True),)),
     "fp64": Case((_ALL["fp64"],)),
     "fp64-scaled": Case((_ALL["fp64"],), scaled=True),
+    "fp32-exact": Case((_ALL["fp32"],), variant={"exact": True, "maxnreg": 0}),
+    "mixed+fp32-exact": Case((_MIXED, _ALL["fp32"]), variant={"exact": True, "maxnreg": 0}),
+    "fp32-looped": Case((_ALL["fp32"],), variant={"blocks_per_program": 4, "maxnreg": 0}),
+    "mixed+fp32-looped": Case(
+        (_MIXED, _ALL["fp32"]), variant={"blocks_per_program": 4, "maxnreg": 0}
+    ),
     "schedule": Case((_ALL["fp32"],), kernel="schedule"),
     "schedule-scaled": Case((_ALL["fp32"],), scaled=True, kernel="schedule"),
     "schedule-fp64-scaled": Case((_ALL["fp64"],), scaled=True, kernel="schedule"),
@@ -177,20 +185,24 @@ def launches(target: GPUTarget) -> Iterator[list[Launch]]:
         yield seen
 
 
-def make_table(signatures: Sequence[t.Signature]) -> t.Table:
+def make_table(
+    signatures: Sequence[t.Signature], parameters: LaunchParameters | None = None
+) -> t.Table:
     """A table of one small tensor a signature."""
     rows = [
         t.Row(512, 512, 512, 512 * s.amsgrad, 512, 8, 0, s, s.compute == torch.float64)
         for s in signatures
     ]
     grads = np.full(len(rows), 512, dtype=np.int64)
-    return t.build(rows, grads, np.zeros(t.GROUP_WORDS, dtype=np.int64), 1)
+    groups = np.zeros(t.GROUP_WORDS, dtype=np.int64)
+    return t.build(rows, grads, groups, 1, parameters or LaunchParameters())
 
 
-def compile_case(name: str, target: str) -> Report:
-    """Compile a case for a target, through its launcher."""
-    case = SETS[name] if name in SETS else alone(name)
-    table = make_table(case.signatures)
+def compile_case(name: str, target: str, case: Case | None = None) -> Report:
+    """Compile a case for a target, through its launcher; by name, or one that has none."""
+    if case is None:
+        case = SETS[name] if name in SETS else alone(name)
+    table = make_table(case.signatures, launch_parameters(target)._replace(**case.variant))
     with launches(TARGETS[target]) as seen:
         if case.kernel == "schedule":
             scalar = cast(Tensor, Address(torch.float32)) if case.scaled else None

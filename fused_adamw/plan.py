@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checks import check_tensors, param_name, refuse_overlaps
 from .kernels import table as t
+from .kernels.launch_parameters import architecture, launch_parameters
 from .layouts import (
     IN_CACHE,
     REALS,
@@ -260,6 +261,7 @@ def make_plan(
                 grad_column(by_device[device], grads),
                 no_groups,
                 len(groups),
+                launch_parameters(architecture(device)),
             )
             for device in on_kernel
         },

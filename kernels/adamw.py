@@ -41,6 +41,22 @@ _TRITON_DTYPES = {
 
 
 @triton.jit
+def _sqrt(x, EXACT: tl.constexpr):
+    """Square root: IEEE if exact and always in float64, else the hardware's, 2^-23 off at most."""
+    if EXACT and x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
+
+
+@triton.jit
+def _quotient(a, b, EXACT: tl.constexpr):
+    """a / b: IEEE if exact and always in float64, else the hardware's, 2 ULP off at most."""
+    if EXACT and a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    return a / b
+
+
+@triton.jit
 def _average(old, new, weight, square_error):
     """old + (1-beta) * (new-old), kept one-sided: weight is 1-beta, or -beta where beta <= 1/2."""
     return tl.fma(weight, square_error, tl.where(weight > 0, old, new))
@@ -49,7 +65,7 @@ def _average(old, new, weight, square_error):
 @triton.jit
 def _adamw_update(
     p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2,
-    AMSGRAD: tl.constexpr, LARGEST: tl.constexpr,
+    AMSGRAD: tl.constexpr, EXACT: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """One AdamW update of values in the compute dtype; the scalars are schedule.py's."""
     g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
@@ -60,11 +76,11 @@ def _adamw_update(
     v = _average(v, g * g, w2, tl.fma(g, g, -v))
     if AMSGRAD:
         v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
-        d = tl.sqrt(v_max) * rsqrt_bias2 + eps
+        d = _sqrt(v_max, EXACT) * rsqrt_bias2 + eps
     else:
-        d = tl.sqrt(v) * rsqrt_bias2 + eps
+        d = _sqrt(v, EXACT) * rsqrt_bias2 + eps
     p = tl.where(decay != 0, tl.fma(p, decay, p), p)
-    p = tl.fma(neg_step_size, m / d, p)
+    p = tl.fma(neg_step_size, _quotient(m, d, EXACT), p)
     return p, m, v, v_max
 
 
@@ -75,6 +91,16 @@ def _at(address, start, lane, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer + start + lane
+
+
+@triton.jit
+def _load(at, mask, CACHE: tl.constexpr, EVICTION: tl.constexpr):
+    return tl.load(at, mask=mask, cache_modifier=CACHE, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _store(at, value, mask, CACHE: tl.constexpr, EVICTION: tl.constexpr):
+    tl.store(at, value, mask=mask, cache_modifier=CACHE, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -93,6 +119,10 @@ def _block(
     ALIGNED: tl.constexpr,  # then first is 0
     STORE_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+    LOAD_CACHE: tl.constexpr,
+    STORE_CACHE: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     # made in here: a lane shared by both paths goes through shared memory from layout to layout
@@ -104,17 +134,18 @@ def _block(
     g_at = _at(grad, start, lane, GRAD, ALIGNED)
     m_at = _at(tl.load(tensor + _EXP_AVG), start, lane, EXP_AVG, ALIGNED)
     v_at = _at(tl.load(tensor + _EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
-    g = tl.load(g_at, mask=mask).to(COMPUTE)
-    m = tl.load(m_at, mask=mask).to(COMPUTE)
-    v = tl.load(v_at, mask=mask).to(COMPUTE)
-    p = tl.load(p_at, mask=mask).to(COMPUTE)
+    g = _load(g_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
+    m = _load(m_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
+    v = _load(v_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
+    p = _load(p_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
     v_max = v
     if AMSGRAD:
         v_max_at = _at(tl.load(tensor + _MAX_EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
-        v_max = tl.load(v_max_at, mask=mask).to(COMPUTE)
+        v_max = _load(v_max_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
 
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
-        tl.store(g_at, (g * tl.load(scalars + UNSCALE)).to(GRAD), mask=mask)
+        unscaled = (g * tl.load(scalars + UNSCALE)).to(GRAD)
+        _store(g_at, unscaled, mask, STORE_CACHE, EVICTION)
     p, m, v, v_max = _adamw_update(
         p,
         g * tl.load(scalars + GRAD_FACTOR),
@@ -129,41 +160,23 @@ def _block(
         tl.load(scalars + DECAY),
         tl.load(scalars + L2),
         AMSGRAD,
+        EXACT,
         1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38,
     )
-    tl.store(p_at, p.to(PARAM), mask=mask)
-    tl.store(m_at, m.to(EXP_AVG), mask=mask)
-    tl.store(v_at, v.to(EXP_AVG_SQ), mask=mask)
+    _store(p_at, p.to(PARAM), mask, STORE_CACHE, EVICTION)
+    _store(m_at, m.to(EXP_AVG), mask, STORE_CACHE, EVICTION)
+    _store(v_at, v.to(EXP_AVG_SQ), mask, STORE_CACHE, EVICTION)
     if AMSGRAD:
-        tl.store(v_max_at, v_max.to(EXP_AVG_SQ), mask=mask)
+        _store(v_max_at, v_max.to(EXP_AVG_SQ), mask, STORE_CACHE, EVICTION)
 
 
-@triton.jit(do_not_specialize=["n_groups", "n_tensors", "blocks_per_chunk"])
-def _adamw(
-    words,  # int64 [n_words]: see table.py
-    scalars,  # float32 [n_tensors, SCALARS]
-    scalars64,  # float64, the same
-    n_groups,
-    n_tensors,
-    blocks_per_chunk,
-    SIGNATURES: tl.constexpr,  # ((param, grad, exp_avg, exp_avg_sq, amsgrad), ...)
-    STORE_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    grads = words + n_groups * GROUP_WORDS
-    tensors = grads + n_tensors
-    chunks = tensors + n_tensors * TENSOR_WORDS
-    program = tl.program_id(0)
-    chunk = tl.load(chunks + program // blocks_per_chunk)
-    index = chunk & 0xFFFFFFFF
-    start = ((chunk >> 32) + program % blocks_per_chunk) * BLOCK  # int64: tensors pass 2^31
-    tensor = tensors + index * TENSOR_WORDS
-    numel = tl.load(tensor + _NUMEL)
-    grad = tl.load(grads + index)
-    active = tl.load(scalars + index * SCALARS + ACTIVE)
-    if (start >= numel) | (grad == 0) | (active == 0):
-        return
-
+@triton.jit
+def _dispatch(
+    tensor, grad, scalars, scalars64, index, start, numel,
+    SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """Update a block by the code of its tensor's signature, and of its alignment."""
     addresses = tl.load(tensor + _PARAM) | tl.load(tensor + _EXP_AVG) | grad
     addresses |= tl.load(tensor + _EXP_AVG_SQ) | tl.load(tensor + _MAX_EXP_AVG_SQ)
     size = tl.minimum(numel - start, BLOCK).to(tl.int32)
@@ -182,14 +195,58 @@ def _adamw(
                 _block(
                     tensor, grad, row, start, 0, vectors,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
-                    SIGNATURES[i][4], True, STORE_GRAD, BLOCK,
+                    SIGNATURES[i][4], True, STORE_GRAD, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE,
+                    EVICTION,
                 )  # fmt: skip
             if vectors < size:
                 _block(
                     tensor, grad, row, start, vectors, size,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
-                    SIGNATURES[i][4], False, STORE_GRAD, BLOCK,
+                    SIGNATURES[i][4], False, STORE_GRAD, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE,
+                    EVICTION,
                 )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_groups", "n_tensors", "blocks_per_chunk"])
+def _adamw(
+    words,  # int64 [n_words]: see table.py
+    scalars,  # float32 [n_tensors, SCALARS]
+    scalars64,  # float64, the same
+    n_groups,
+    n_tensors,
+    blocks_per_chunk,
+    SIGNATURES: tl.constexpr,  # ((param, grad, exp_avg, exp_avg_sq, amsgrad), ...)
+    STORE_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of a program
+    EXACT: tl.constexpr,
+    LOAD_CACHE: tl.constexpr,
+    STORE_CACHE: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    grads = words + n_groups * GROUP_WORDS
+    tensors = grads + n_tensors
+    chunks = tensors + n_tensors * TENSOR_WORDS
+    program = tl.program_id(0)
+    chunk = tl.load(chunks + program // blocks_per_chunk)
+    index = chunk & 0xFFFFFFFF
+    start = ((chunk >> 32) + program % blocks_per_chunk) * (
+        BLOCKS * BLOCK
+    )  # int64: tensors pass 2^31
+    tensor = tensors + index * TENSOR_WORDS
+    numel = tl.load(tensor + _NUMEL)
+    grad = tl.load(grads + index)
+    active = tl.load(scalars + index * SCALARS + ACTIVE)
+    if (start >= numel) | (grad == 0) | (active == 0):
+        return
+
+    for _ in range(BLOCKS):
+        if start < numel:
+            _dispatch(
+                tensor, grad, scalars, scalars64, index, start, numel, SIGNATURES, STORE_GRAD,
+                BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
+            )  # fmt: skip
+        start += BLOCK
 
 
 def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[object, ...], ...]:
@@ -200,19 +257,18 @@ def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[obj
 def launch_options(table: t.Table, device: torch.device, store_grad: bool) -> dict[str, int | bool]:
     """Options of the launch.
 
-    128 threads, so that each takes 8 elements: 4 warps, or 2 of AMD's 64 lanes. 64 registers let 8
-    programs share a multiprocessor: for several dtypes ptxas takes up to 72 unless it is told to
-    take 64, which it then does without a spill (Triton 3.6; 3.9 spills 8 bytes a thread on sm_80).
-    Told the same, kernels that store gradients do spill; they take up to 80, and float64 120.
+    64 registers let 8 programs share a multiprocessor: for several dtypes ptxas takes up to 72
+    unless it is told to take 64, which it then does without a spill (Triton 3.6; 3.9 spills 8 bytes
+    a thread on sm_80). Told the same, kernels that store gradients do spill; they take up to 80,
+    and float64 120.
     """
-    rocm = torch.version.hip is not None
     mixed = len({dtype for s in table.signatures for dtype in s[:4]}) > 1
-    nvidia = device.type == "cuda" and not rocm
-    cap = nvidia and mixed and not table.float64 and not store_grad
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    cap = nvidia and mixed and not table.float64 and not store_grad and table.parameters.maxnreg
     return {
-        "num_warps": 2 if rocm else 4,
+        "num_warps": table.parameters.num_warps,
         "enable_fp_fusion": False,
-        **({"maxnreg": 64} if cap else {}),
+        **({"maxnreg": cap} if cap else {}),
     }
 
 
@@ -245,9 +301,15 @@ def _call(
         table.n_tensors,
         table.blocks_per_chunk,
     )
+    tuned = table.parameters
     constexprs = {
         "SIGNATURES": constexpr_signatures(table.signatures),
         "STORE_GRAD": store_grad,
-        "BLOCK": t.BLOCK,
+        "BLOCK": tuned.block,
+        "BLOCKS": tuned.blocks_per_program,
+        "EXACT": tuned.exact,
+        "LOAD_CACHE": tuned.load_cache,
+        "STORE_CACHE": tuned.store_cache,
+        "EVICTION": tuned.eviction,
     }
     return arguments, {**constexprs, **launch_options(table, memory.words.device, store_grad)}

@@ -9,7 +9,8 @@ Host only (torch and numpy, no Triton). The words that the kernels read, int64, 
 
 What changes often comes first, so that whatever a step must upload is one prefix: one copy.
 A chunk is `blocks_per_chunk` blocks of one tensor; a program takes one block. So the list stays
-short while every program keeps one block and one code path.
+short while every program keeps one block and one code path. (Where a launch has several
+`blocks_per_program`, what one program takes counts as a block here.)
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .launch_parameters import LaunchParameters
+
 Words = npt.NDArray[np.int64]
 
-BLOCK = 1024  # elements a program: 8 a thread with 4 warps, 128-bit accesses for 16-bit formats
+BLOCK = LaunchParameters().block
 # The work list is thinned out (to chunks of a power of two of blocks) above this length: 256 KiB
 # and 64 bytes a tensor are soon uploaded, and fewer than one program in five has nothing to do.
 CHUNKS, CHUNKS_PER_TENSOR = 32768, 8
@@ -97,6 +100,7 @@ class Table:
     blocks_per_chunk: int  # a power of two
     n_programs: int
     signatures: tuple[Signature, ...]  # sorted: the kernel is specialised on them
+    parameters: LaunchParameters
 
     @property
     def n_words(self) -> int:
@@ -131,14 +135,20 @@ def plan_chunks(numels: Words, block: int = BLOCK, chunks: int = CHUNKS) -> tupl
     return tensor | (within * per_chunk) << 32, per_chunk
 
 
-def build(rows: Sequence[Row], grads: Words, groups: Words, n_groups: int) -> Table:
+def build(
+    rows: Sequence[Row],
+    grads: Words,
+    groups: Words,
+    n_groups: int,
+    parameters: LaunchParameters = LaunchParameters(),  # noqa: B008  # immutable
+) -> Table:
     """Lay out the rows. They must not overlap in memory: one launch updates all at once."""
     signatures = tuple(sorted({row.signature for row in rows}, key=str))
     code = {signature: i for i, signature in enumerate(signatures)}
     tensors = np.array(
         [[*row[:7], code[row.signature], row.step_is_double] for row in rows], dtype=np.int64
     ).reshape(len(rows), TENSOR_WORDS)
-    chunks, blocks_per_chunk = plan_chunks(tensors[:, NUMEL])
+    chunks, blocks_per_chunk = plan_chunks(tensors[:, NUMEL], parameters.elements)
     return Table(
         groups=frozen(groups),
         grads=frozen(grads),
@@ -148,6 +158,7 @@ def build(rows: Sequence[Row], grads: Words, groups: Words, n_groups: int) -> Ta
         blocks_per_chunk=blocks_per_chunk,
         n_programs=len(chunks) * blocks_per_chunk,
         signatures=signatures,
+        parameters=parameters,
     )
 
 

@@ -31,7 +31,9 @@ from truth import (
 )
 
 from fused_adamw import FusedAdamW, reference
+from fused_adamw import plan as planning
 from fused_adamw.kernels import table as t
+from fused_adamw.kernels.launch_parameters import LaunchParameters
 from fused_adamw.launch import group_rows, load_kernels
 
 make = partial(FusedAdamW, backend="triton")
@@ -491,3 +493,38 @@ def test_any_mix_of_tensors(
 
 def _turn(p: Tensor, filler: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (p, filler.clone()) if group == 0 else (filler.clone(), p)
+
+
+@each(
+    "variant",
+    [
+        {"exact": True},
+        {"blocks_per_program": 2},
+        {"block": 2048, "num_warps": 8, "store_cache": ".cs"},
+    ],
+    ids=str,
+)
+def test_launch_parameters_change_no_bit(
+    device: torch.device, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU all but exact division; the interpreter divides exactly in any case."""
+    sizes = (1, 1023, 1024, 1025, 2047, 2048, 2049, 4097)
+    values = [torch.randn(n + 1, device=device)[n % 2 :][:n] for n in sizes]
+    grads = [torch.randn(n, device=device) for n in sizes]
+    results = []
+    for parameters in (LaunchParameters(), LaunchParameters(**variant)):
+        monkeypatch.setattr(planning, "launch_parameters", lambda _, own=parameters: own)
+        params = [Parameter(x.clone()) for x in values]
+        optimizer = make(params)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.clone()
+        for _ in range(2):
+            optimizer.step()
+        (table,) = optimizer._plan.tables.values() if optimizer._plan else ()
+        assert table.parameters == parameters
+        results.append([x for p in params for x in (p.data, *optimizer.state[p].values())])
+    for plain, other in zip(*results, strict=True):
+        if variant.get("exact") and device.type != "cpu":
+            assert ulp(plain, other.double()).max() < 16
+        else:
+            assert same_bits(plain, other)

@@ -1,7 +1,7 @@
 """What the compilers make of the kernels, for GPUs that need not be there (bench/codegen.py).
 
-The approximate division of the kernel is bounded. There is no IEEE variant and none that loops over
-blocks, so nothing is listed for them.
+The kernel as it is launched is bounded. Its variants, with IEEE division or a loop over blocks, are
+held to 128-bit accesses and no spills; bench/codegen.py lists their registers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ VECTOR = 128  # bits: the widest access that a 16-byte alignment allows
 
 BOUNDED = ("fp32", "bf16", "mixed+fp32", "bf16+fp32")  # the sets whose registers are bounded
 SETS = (*BOUNDED, "fp16", "fp32-scaled", "mixed+fp32-scaled", "fp32-amsgrad", "fp64", "fp64-scaled")
+SETS += ("fp32-exact", "mixed+fp32-exact", "fp32-looped", "mixed+fp32-looped")
 SCHEDULES = ("schedule", "schedule-scaled", "schedule-fp64-scaled")
 # (param, grad, moments), each on its own: all there are of these dtypes, and float64's
 TRIPLES = tuple("/".join(t) for t in itertools.product(("fp32", "bf16", "fp16"), repeat=3))
