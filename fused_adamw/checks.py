@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .layouts import FLOATS, REALS, overlaps_itself
+from .shards import is_sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -52,11 +53,12 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
 
 
 def check_plain(name: str, param: Tensor) -> None:
-    """Raise TypeError for a tensor subclass that keeps its memory elsewhere, as DTensor does."""
-    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    """Raise TypeError for a tensor subclass that keeps its memory elsewhere, unless a DTensor."""
+    if not is_sharded(param) and type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name} is a {type(param).__name__}, a tensor subclass whose memory FusedAdamW does "
-            "not know how to find. Pass plain tensors, or optimize it with torch.optim.AdamW."
+            "not know how to find. Pass plain tensors or DTensors, or optimize it with "
+            "torch.optim.AdamW."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from . import state as stating
 from .checks import check_hypers, check_plain
 from .launch import GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
-from .plan import Entry, Plan, Seen
-
-Grads: TypeAlias = list[Tensor | None]
+from .plan import Entry, Grads, Plan, Seen
+from .shards import LocalGrads, as_param, local, local_grads, local_state
 
 Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
@@ -148,7 +147,7 @@ class FusedAdamW(Optimizer):
 
         Raises:
             ValueError: a hyper-parameter out of its range; the optimizer is then as it was.
-            TypeError: a tensor subclass that keeps its memory elsewhere, as DTensor does.
+            TypeError: a tensor subclass that keeps its memory elsewhere and is no DTensor.
         """
         if isinstance(param_group, dict):
             check_hypers({**self.defaults, **param_group}, min_lr=0.0)
@@ -184,8 +183,10 @@ class FusedAdamW(Optimizer):
     # as torch.optim does it: torch.compiler.disable would import the compiler along, 2 s
     @torch._disable_dynamo  # type: ignore[attr-defined]  # private, but the one that torch.optim uses
     def _update(self) -> None:
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        grad_scale, found_inf = (
+            local(x) if isinstance(x := getattr(self, key, None), Tensor) else None
+            for key in ("grad_scale", "found_inf")
+        )
         differentiable = [group for group in self.param_groups if group["differentiable"]]
         if differentiable and not (grad_scale is None and found_inf is None):
             raise RuntimeError(
@@ -193,7 +194,8 @@ class FusedAdamW(Optimizer):
                 "optimizer with fused=False, so that GradScaler does it."
             )
         self._check_changed_hypers()
-        plan, seen = self._current_plan()
+        here = local_grads(planning.flat(self.param_groups))
+        plan, seen = self._current_plan(here)
         grads = seen.grads
         tables = {
             device: self._launchers[device].prepare(
@@ -205,7 +207,7 @@ class FusedAdamW(Optimizer):
             copied = [(e, grad) for e in plan.copied if (grad := grads[e.place]) is not None]
             for e, grad in copied:
                 if e.dense is not None:
-                    e.dense.copy_(e.param)
+                    e.dense.copy_(e.local)
                 if e.grad_copy is not None:
                     e.grad_copy.copy_(grad)
             for device, entries in plan.by_device.items():
@@ -216,9 +218,13 @@ class FusedAdamW(Optimizer):
                     self._run_reference(entries, grads, grad_scale, found_inf)
             for e, grad in copied:
                 if e.dense is not None:
-                    e.param.copy_(e.dense)
+                    e.local.copy_(e.dense)
                 if e.grad_copy is not None and grad_scale is not None:
                     _put_grad(e.param, grad, e.grad_copy)
+            if here is not None and grad_scale is not None:
+                params = planning.flat(self.param_groups)
+                for place, moved in here.moved.items():
+                    params[place].grad = moved  # unscaled, as the others are now
             if tables:
                 # autograd has not seen the kernel write: a stale graph shall raise
                 written = planning.written_by(plan, seen, self.state)
@@ -227,17 +233,18 @@ class FusedAdamW(Optimizer):
         for group in differentiable:
             self._run_differentiable(group)
 
-    def _current_plan(self) -> tuple[Plan, Seen]:
+    def _current_plan(self, here: LocalGrads | None = None) -> tuple[Plan, Seen]:
         """The plan of this step, and its tensors; every check comes before any change."""
         groups, plan = self.param_groups, self._plan
+        grads_here = None if here is None else here.grads
         if plan is not None:
-            followed = planning.follow(plan, groups, self.state)
+            followed = planning.follow(plan, groups, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
                 return followed
-        grads: Grads = [p.grad for p in planning.flat(groups)]
+        grads = grads_here or [p.grad for p in planning.flat(groups)]
         entries = planning.make_entries(groups, grads, self.state, plan)
-        devices = {e.param.device for e in entries.all}
+        devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
         for device in on_kernel - self._launchers.keys():
             self._launchers[device] = Launcher(device)
@@ -248,7 +255,9 @@ class FusedAdamW(Optimizer):
                 "at least one step() outside the capture, with gradients for the same parameters."
             )
         stating.init_state(entries.all, self.state, _step_dtype())
-        self._plan, seen = planning.make_plan(groups, grads, entries, self.state, on_kernel)
+        self._plan, seen = planning.make_plan(
+            groups, grads, entries, self.state, on_kernel, grads_here
+        )
         return self._plan, seen
 
     def _has_kernel(self, device: torch.device) -> bool:
@@ -290,12 +299,12 @@ class FusedAdamW(Optimizer):
             grad = grads[e.place] if e.grad_copy is None else e.grad_copy
             if grads[e.place] is None or grad is None:
                 continue
-            state = self.state[e.param]
+            state = local_state(self.state[e.param])
             step = float(state["step"].add_(1))
             if (e.group, step) not in known:
                 known[e.group, step] = reference.schedule(self.param_groups[e.group], step, scale)
             reference.adamw(
-                e.param if e.dense is None else e.dense,
+                e.local if e.dense is None else e.dense,
                 grad,
                 state["exp_avg"],
                 state["exp_avg_sq"],
@@ -352,4 +361,4 @@ def _put_grad(param: Tensor, grad: Tensor, unscaled: Tensor) -> None:
     if not overlaps_itself(grad):
         grad.copy_(unscaled)
     elif grad.dtype == param.dtype:
-        param.grad = unscaled.clone()
+        param.grad = as_param(unscaled.clone(), param)

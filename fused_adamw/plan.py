@@ -31,8 +31,10 @@ from .layouts import (
     is_dense,
     same_strides,
 )
+from .shards import local, local_state
 
 Groups = Sequence[Mapping[str, Any]]
+Grads = Sequence[Tensor | None]
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
@@ -42,7 +44,8 @@ class Entry(NamedTuple):
     place: int  # in the list of all params, one group after the other
     group: int
     name: str  # for messages
-    param: Tensor
+    param: Tensor  # as the optimizer and its state know it
+    local: Tensor  # what lies on this rank: the param itself, unless it is a DTensor
     moments: tuple[str, ...]  # keys of its state besides "step"
     grad: GradLayout  # where it has none in this step: as it was, or as it will most likely be
     dense: Tensor | None  # stand-in for a param with gaps in its memory, copied there and back
@@ -55,12 +58,14 @@ class Entries(NamedTuple):
     all: tuple[Entry, ...]
     params: list[Tensor]
     amsgrad: list[bool]
+    sharded: bool  # whether some are DTensors
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Entries:
         """From the entries alone."""
         amsgrad = [len(e.moments) > 2 for e in entries]
-        return cls(tuple(entries), [e.param for e in entries], amsgrad)
+        sharded = any(e.param is not e.local for e in entries)
+        return cls(tuple(entries), [e.param for e in entries], amsgrad, sharded)
 
 
 class Look(NamedTuple):
@@ -83,7 +88,7 @@ class Look(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The tensors of one step, for as long as it takes."""
+    """The tensors of one step, for as long as it takes; gradients and states as on this rank."""
 
     params: list[Tensor]
     grads: list[Tensor | None]
@@ -110,8 +115,12 @@ def flat(groups: Groups) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
-def look(groups: Groups, entries: Entries, state: State) -> tuple[Look, Seen]:
+def look(
+    groups: Groups, entries: Entries, state: State, grads_here: Grads | None = None
+) -> tuple[Look, Seen]:
     """Look at all tensors of a step: most of what it costs on the host (bench/host.py).
+
+    grads_here: the gradients as they lie on this rank; None where no param is a DTensor.
 
     Raises KeyError where a state is missing, and what torch raises for a tensor without an address
     or strides, a sparse one say.
@@ -121,7 +130,10 @@ def look(groups: Groups, entries: Entries, state: State) -> tuple[Look, Seen]:
     present: list[bool] = []
     for i in range(0, len(seen.params), IN_CACHE):
         part = seen.params[i : i + IN_CACHE]
-        own = [p.grad for p in part]
+        if grads_here is None:
+            own = [p.grad for p in part]
+        else:
+            own, part = list(grads_here[i : i + IN_CACHE]), list(map(local, part))
         here = [g for g in own if g is not None]
         seen.grads.extend(own)
         params.add(part)
@@ -149,13 +161,15 @@ def states_of(entries: Entries, state: State) -> list[Tensor]:
         states += [s["exp_avg_sq"] for s in part]
         states += [s["max_exp_avg_sq"] for s in compress(part, entries.amsgrad[i:])]
         states += [s["step"] for s in part]
-    return states
+    return list(map(local, states)) if entries.sharded else states
 
 
-def follow(plan: Plan, groups: Groups, state: State) -> tuple[Plan, Seen] | None:
+def follow(
+    plan: Plan, groups: Groups, state: State, grads_here: Grads | None = None
+) -> tuple[Plan, Seen] | None:
     """The plan as it is, or with gradients elsewhere; None where it is stale."""
     try:
-        new, seen = look(groups, plan.entries, state)
+        new, seen = look(groups, plan.entries, state, grads_here)
     except (KeyError, TypeError, RuntimeError, NotImplementedError):
         return None  # something is missing or has no address: the checks find the words for it
     same = (
@@ -175,9 +189,11 @@ def follow(plan: Plan, groups: Groups, state: State) -> tuple[Plan, Seen] | None
 def written_by(plan: Plan, seen: Seen, state: State) -> list[Tensor]:
     """Params and states that a step of the plan writes: those with a gradient."""
     if len(plan.entries.all) == len(seen.params) and not plan.look.present:
-        return seen.params + seen.states
+        shards = list(map(local, seen.params)) if plan.entries.sharded else []
+        return seen.params + shards + seen.states
     busy = Entries.of([e for e in plan.entries.all if seen.grads[e.place] is not None])
-    return busy.params + states_of(busy, state)
+    shards = [e.local for e in busy.all if e.local is not e.param]
+    return busy.params + shards + states_of(busy, state)
 
 
 def make_entries(
@@ -197,22 +213,27 @@ def make_entries(
             if group["differentiable"] or (grad is None and not kept):
                 continue
             name = param_name(group, number, position)
-            check_tensors(name, p, grad, kept)
+            here = local(p)
+            check_tensors(name, here, grad, local_state(kept))
             if grad is not None:
                 layout = grad_layout(grad)
             else:
-                layout = GradLayout(p.dtype, p.stride(), p.numel(), False)
-                if place in known and known[place][0] is p and known[place][1].numel == p.numel():
+                layout = GradLayout(p.dtype, here.stride(), here.numel(), False)
+                if (
+                    place in known
+                    and known[place][0] is p
+                    and known[place][1].numel == here.numel()
+                ):
                     layout = known[place][1]
-            entries.append(Entry(place, number, name, p, moments, layout, None, None))
+            entries.append(Entry(place, number, name, p, here, moments, layout, None, None))
     return Entries.of([_with_copies(e) for e in entries])
 
 
 def _with_copies(e: Entry) -> Entry:
     dense = None
-    if not is_dense(e.param):
-        dense = torch.empty_like(e.param, memory_format=torch.preserve_format)
-    like = e.param if dense is None else dense
+    if not is_dense(e.local):
+        dense = torch.empty_like(e.local, memory_format=torch.preserve_format)
+    like = e.local if dense is None else dense
     if e.grad.lazy or not same_strides(like.shape, e.grad.stride, like.stride()):
         copy = torch.empty_like(like, dtype=e.grad.dtype, memory_format=torch.preserve_format)
         return e._replace(dense=dense, grad_copy=copy)
@@ -226,10 +247,10 @@ def refuse_shared_memory(
     refuse_overlaps(
         (x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize, f"{what} of {e.name}")
         for e in entries
-        if e.param.device in devices
+        if e.local.device in devices
         for what, x in (
-            ("memory", e.param if e.dense is None else e.dense),
-            *state.get(e.param, {}).items(),
+            ("memory", e.local if e.dense is None else e.dense),
+            *local_state(state.get(e.param, {})).items(),
         )
         if what in ("memory", *e.moments) and x.numel()
     )
@@ -241,13 +262,14 @@ def make_plan(
     entries: Entries,
     state: State,
     on_kernel: Collection[torch.device],
+    grads_here: Grads | None = None,
 ) -> tuple[Plan, Seen]:
     """The plan for checked entries whose state is there."""
     by_device: dict[torch.device, list[Entry]] = {}
     for e in entries.all:
-        by_device.setdefault(e.param.device, []).append(e)
+        by_device.setdefault(e.local.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
-    new, seen = look(groups, entries, state)
+    new, seen = look(groups, entries, state, grads_here)
     plan = Plan(
         look=new,
         params=seen.params,
@@ -257,7 +279,7 @@ def make_plan(
         by_device={device: tuple(own) for device, own in by_device.items()},
         tables={
             device: t.build(
-                [_row(e, state[e.param]) for e in by_device[device]],
+                [_row(e, local_state(state[e.param])) for e in by_device[device]],
                 grad_column(by_device[device], grads),
                 no_groups,
                 len(groups),
@@ -297,7 +319,7 @@ def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.W
 
 
 def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
-    param = e.param if e.dense is None else e.dense
+    param = e.local if e.dense is None else e.dense
     moments = [state[key] for key in e.moments]
     dtypes = [REALS.get(d, d) for d in (param.dtype, e.grad.dtype, *(m.dtype for m in moments))]
     at = [m.data_ptr() for m in moments]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checks import MOMENTS, check_state, param_name
 from .layouts import FLOATS, is_dense, same_strides
+from .shards import as_param, local, local_of_loaded, local_state
 
 if TYPE_CHECKING:
     from .plan import Entry, Groups, State
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 def lacks_state(entries: Iterable[Entry], state: State) -> bool:
     """Whether `init_state` has anything to do."""
-    return any(_lacking(e, state.get(e.param, {})) for e in entries)
+    return any(_lacking(e, local_state(state.get(e.param, {}))) for e in entries)
 
 
 def _lacking(e: Entry, s: Mapping[str, Any]) -> list[str]:
     """Keys of the state that are missing, or not as the update wants them."""
-    like, step = e.param if e.dense is None else e.dense, s.get("step")
+    like, step = e.local if e.dense is None else e.dense, s.get("step")
     keys = [
         key
         for key in e.moments
@@ -46,7 +47,8 @@ def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) 
     made: list[tuple[Tensor, dict[str, Tensor]]] = []
     unpacked: dict[torch.device, list[tuple[dict[str, Tensor], Any]]] = {}
     for e in entries:
-        s, like = state.get(e.param, {}), e.param if e.dense is None else e.dense
+        s = local_state(state.get(e.param, {}))
+        like = e.local if e.dense is None else e.dense
         new: dict[str, Tensor] = {}
         for key in _lacking(e, s):
             if key == "step":
@@ -64,7 +66,8 @@ def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) 
             new["step"] = step
     for param, new in made:
         if new:
-            state[param].update({key: new[key] for key in ("step", *MOMENTS) if key in new})
+            moments = {key: as_param(new[key], param) for key in MOMENTS if key in new}
+            state[param].update({k: new[k] for k in ("step",) if k in new} | moments)
 
 
 def pack_steps(
@@ -111,18 +114,26 @@ def own_state(
             if not state.get(p):
                 continue
             name = param_name(group, number, position)
-            check_state(name, p, state[p])
-            like = p if is_dense(p) else torch.empty_like(p, memory_format=torch.preserve_format)
+            here = local(p)
+            loaded = {
+                key: local_of_loaded(x, p) if key in MOMENTS else x for key, x in state[p].items()
+            }
+            check_state(name, here, loaded)
+            like = here
+            if not is_dense(like):
+                like = torch.empty_like(like, memory_format=torch.preserve_format)
             own[p] = {
-                key: torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x.detach())
-                if key in MOMENTS
-                else deepcopy(x)
-                for key, x in state[p].items()
+                key: as_param(_copy(x, like), p) if key in MOMENTS else deepcopy(x)
+                for key, x in loaded.items()
                 if key != "step"
             }
-            steps.setdefault(p.device, []).append((own[p], state[p]["step"]))
-    for device, loaded in steps.items():
-        values = [x for _, x in loaded]
-        for (s, _), step in zip(loaded, pack_steps(values, step_dtype, device), strict=True):
+            steps.setdefault(here.device, []).append((own[p], state[p]["step"]))
+    for device, counted in steps.items():
+        values = [x for _, x in counted]
+        for (s, _), step in zip(counted, pack_steps(values, step_dtype, device), strict=True):
             s["step"] = step
     return own
+
+
+def _copy(x: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x.detach())

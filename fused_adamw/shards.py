@@ -1,0 +1,106 @@
+"""DTensors: a step updates the part that lies on this rank, a plain tensor, without their dispatch.
+
+FSDP2, HSDP, tensor and expert parallelism make parameters DTensors. AdamW goes element by element,
+so a shard is updated alone; the one thing that needs other ranks is a gradient that is laid out in
+another way than its parameter.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(x: object) -> TypeGuard[DTensor]:
+    """Whether x is a DTensor."""
+    kind = _dtensor()
+    return kind is not None and isinstance(x, kind)
+
+
+def _dtensor() -> type | None:
+    # who has one has imported it; doing so here would cost everyone a second
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def local(x: Tensor) -> Tensor:
+    """What lies on this rank: x itself, unless it is a DTensor."""
+    # not to_local(): on a Parameter it makes a new view in every call
+    return x._local_tensor if is_sharded(x) else x
+
+
+def local_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as it lies on this rank."""
+    return {key: local(x) if isinstance(x, Tensor) else x for key, x in state.items()}
+
+
+def as_param(x: Tensor, param: Tensor) -> Tensor:
+    """A tensor that lies on this rank as a DTensor of the param's mesh and placements."""
+    if not is_sharded(param):
+        return x
+    made: Tensor = type(param).from_local(
+        x, param.device_mesh, param.placements, shape=param.shape, stride=param.stride()
+    )
+    return made
+
+
+class LocalGrads(NamedTuple):
+    """Gradients as they lie on this rank, in the order of the params."""
+
+    grads: list[Tensor | None]
+    moved: dict[int, Tensor]  # DTensors that had to be laid out anew, by place
+
+
+def local_grads(params: Sequence[Tensor]) -> LocalGrads | None:
+    """The local gradients, laid out as their params; None where no param is a DTensor.
+
+    Replicated params under sequence parallelism get gradients that are partial sums: taken as they
+    lie they would be silently wrong. Laying them out is a collective, so this has to be called once
+    a step, on every rank, whatever else is known of the step.
+
+    Raises:
+        TypeError: a DTensor whose gradient is not one, or lies on another mesh.
+    """
+    kind = _dtensor()
+    if kind is None or not any(isinstance(p, kind) for p in params):
+        return None
+    result = LocalGrads([], {})
+    for place, p in enumerate(params):
+        grad = p.grad
+        if grad is not None and is_sharded(p):
+            if not is_sharded(grad) or grad.device_mesh != p.device_mesh:
+                mesh = grad.device_mesh if is_sharded(grad) else "none"
+                raise TypeError(
+                    f"Parameter {place} (counted over all groups) is a DTensor on {p.device_mesh} "
+                    f"but its gradient is a {type(grad).__name__} on {mesh}. Assign a DTensor of "
+                    "the param's mesh, as backward() does."
+                )
+            if grad.placements != p.placements:
+                grad = grad.redistribute(placements=p.placements)
+                result.moved[place] = grad
+        result.grads.append(None if grad is None else _waited(local(grad)))
+    return result
+
+
+def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
+    """Part of a loaded state that lies on this rank, from a DTensor in any layout or the whole."""
+    if not is_sharded(param) or (not is_sharded(x) and x.shape != param.shape):
+        return local(x)  # what does not fit is refused by its shape
+    if not is_sharded(x):
+        from torch.distributed.tensor import Replicate
+
+        everywhere = [Replicate()] * param.device_mesh.ndim
+        x = type(param).from_local(x, param.device_mesh, everywhere, run_check=False)
+    if is_sharded(x) and x.placements != param.placements:
+        x = x.redistribute(param.device_mesh, param.placements)
+    return _waited(local(x))
+
+
+def _waited(x: Tensor) -> Tensor:
+    wait = getattr(x, "wait", None)  # an AsyncCollectiveTensor: the stream waits, not the host
+    return x if wait is None else wait()

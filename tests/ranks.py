@@ -1,0 +1,333 @@
+"""What each rank of tests/test_distributed.py runs: spawned processes import it by name."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+
+from fused_adamw import FusedAdamW
+
+OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}
+
+
+def on_ranks(world: int, scenario: Callable[..., None], *arguments: object) -> None:
+    """Run a scenario on ranks that talk through gloo; a failed one raises here."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (world, Path(folder, "store"), scenario, arguments), nprocs=world)  # type: ignore[no-untyped-call]
+
+
+def _rank(
+    rank: int, world: int, store: Path, scenario: Callable[..., None], arguments: Sequence[object]
+) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    scenario(*arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a DTensor, on every rank."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+class Whole:
+    """FusedAdamW on whole copies of the params: AdamW goes by elements, so bits must agree."""
+
+    def __init__(self, params: Sequence[Tensor], **options: object) -> None:
+        self.sources = list(params)
+        self.params = [nn.Parameter(whole(p.detach()).clone()) for p in params]
+        self.optimizer = FusedAdamW(self.params, **{**OPTIONS, **options})
+        self.torchs = [nn.Parameter(p.detach().clone()) for p in self.params]
+        self.torch = torch.optim.AdamW(self.torchs, **OPTIONS)
+
+    def step(self) -> None:
+        """A step with the whole gradients of the sources."""
+        for source, p, q in zip(self.sources, self.params, self.torchs, strict=True):
+            p.grad = None if source.grad is None else whole(source.grad).clone()
+            q.grad = None if p.grad is None else p.grad.clone()
+        self.optimizer.step()
+        self.torch.step()
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Params and states of the sharded optimizer are those of the whole one, to the bit."""
+        for source, p, q in zip(self.sources, self.params, self.torchs, strict=True):
+            assert torch.equal(whole(source.detach()), p.detach())
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+            own, state = optimizer.state.get(source, {}), self.optimizer.state.get(p, {})
+            assert own.keys() == state.keys()
+            for key, x in own.items():
+                assert torch.equal(whole(x), state[key]), key
+                if key != "step" and isinstance(source, DTensor):
+                    assert isinstance(x, DTensor)
+                    assert x.placements == source.placements
+
+
+class Net(nn.Module):
+    """Sizes that no number of ranks divides, and params smaller than the number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 7)
+        self.norm = nn.LayerNorm(7)
+        self.last = nn.Linear(7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6] -> [batch, 1]."""
+        y: Tensor = self.last(self.norm(torch.relu(self.first(x))))
+        return y
+
+
+def fsdp(shape: tuple[int, ...] = ()) -> Net:
+    """A model under FSDP2, or HSDP on a mesh of two dimensions."""
+    torch.manual_seed(1)
+    names = ("replicate", "shard")[-len(shape) :] if shape else ("shard",)
+    mesh = init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=names)
+    net = Net()
+    fully_shard(net.first, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net
+
+
+def backward(net: nn.Module, step: int) -> None:
+    """Gradients of another batch on every rank."""
+    torch.manual_seed(100 * step + dist.get_rank())
+    net.zero_grad()
+    net(torch.randn(3, 6)).square().mean().backward()
+
+
+def train_fsdp(shape: tuple[int, ...], backend: str) -> None:
+    """Steps of FSDP2 or HSDP equal those on the whole model."""
+    net = fsdp(shape)
+    optimizer = FusedAdamW(net.parameters(), backend=backend, **OPTIONS)  # type: ignore[arg-type]
+    oracle = Whole(list(net.parameters()), backend=backend)
+    for step in range(4):
+        backward(net, step)
+        oracle.step()
+        optimizer.step()
+        oracle.check(optimizer)
+
+
+def mixed_placements() -> None:
+    """Params on two meshes, in several placements, and plain ones, in one optimizer."""
+    world = dist.get_world_size()
+    flat = init_device_mesh("cpu", (world,))
+    grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [
+        (flat, [Shard(0)]),
+        (flat, [Replicate()]),
+        (grid, [Replicate(), Shard(1)]),
+        (grid, [Shard(0), Shard(1)]),
+        (grid, [Shard(0), Replicate()]),
+    ]
+    params: list[Tensor] = [
+        nn.Parameter(distribute_tensor(torch.randn(5, 6), mesh, layout)) for mesh, layout in layouts
+    ]
+    params.append(nn.Parameter(torch.randn(3)))
+    optimizer = FusedAdamW([{"params": params[:3]}, {"params": params[3:]}], **OPTIONS)
+    oracle = Whole(params)
+    for step in range(3):
+        for i, p in enumerate(params):
+            torch.manual_seed(10 * step + i)
+            g = torch.randn(p.shape)
+            p.grad = g if i == 5 else distribute_tensor(g, *layouts[i])
+        if step == 1:
+            params[0].grad = None
+        oracle.step()
+        optimizer.step()
+        oracle.check(optimizer)
+
+
+def partial_gradients(scaled: bool) -> None:
+    """A replicated param whose gradient is a partial sum on each rank, as a norm layer's is."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.randn(5), mesh, [Replicate()]))
+    q = nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Shard(1)]))
+    optimizer = FusedAdamW([p, q], **OPTIONS)
+    oracle = Whole([p, q])
+    for step in range(3):
+        torch.manual_seed(10 * step + dist.get_rank())
+        p.grad = DTensor.from_local(torch.randn(5), mesh, [Partial()])
+        torch.manual_seed(10 * step)
+        q.grad = distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)])
+        before = whole(p.grad).clone()
+        oracle.step()
+        if scaled:
+            p.grad, q.grad = p.grad * 8, q.grad * 8
+            optimizer.grad_scale = torch.tensor(8.0)  # type: ignore[attr-defined]
+            optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+        optimizer.step()
+        oracle.check(optimizer)
+        if scaled:
+            assert torch.equal(whole(p.grad), before), "gradients are left unscaled"
+
+
+def missing_on_one_rank() -> None:
+    """A rank whose part of a param has no gradient goes on alone; no rank waits for it."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    optimizer = FusedAdamW([p], lr=0.1, weight_decay=0.0)
+    if dist.get_rank() == 0:
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)
+    optimizer.step()
+    expected = 0.9 if dist.get_rank() == 0 else 1.0
+    torch.testing.assert_close(p.to_local(), torch.full((2,), expected))
+
+
+def foreign_gradient() -> None:
+    """A plain gradient of a DTensor is refused, and nothing has changed."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    optimizer = FusedAdamW([p])
+    other = init_device_mesh("cpu", (1, dist.get_world_size()))
+    p.grad = distribute_tensor(torch.ones(4), other, [Replicate(), Shard(0)])
+    with pytest.raises(TypeError, match="Assign a DTensor of the param's mesh"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(p.full_tensor(), torch.ones(4))
+
+
+def resume_by_state_dict() -> None:
+    """deepcopy and load_state_dict go on with the same bits; nothing is aliased."""
+    net = fsdp()
+    optimizer = FusedAdamW(net.parameters(), **OPTIONS)
+    backward(net, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    params = [whole(p.detach()).clone() for p in net.parameters()]
+    backward(net, 1)
+    optimizer.step()
+    expected = [whole(p.detach()).clone() for p in net.parameters()]
+
+    for p, old in zip(net.parameters(), params, strict=True):
+        with torch.no_grad():
+            p.copy_(distribute_tensor(old, p.device_mesh, p.placements))
+    again = FusedAdamW(net.parameters(), **OPTIONS)
+    again.load_state_dict(saved)
+    backward(net, 1)
+    again.step()
+    for p, x in zip(net.parameters(), expected, strict=True):
+        assert torch.equal(whole(p.detach()), x)
+    # torch's own goes on from it, and we from torch's
+    torchs = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    torchs.load_state_dict(copy.deepcopy(again.state_dict()))
+    backward(net, 2)
+    torchs.step()
+    again.load_state_dict(torchs.state_dict())
+    backward(net, 3)
+    again.step()
+    assert all(s["step"] == 4 for s in again.state.values())
+
+
+def _optimizer(kind: str, net: nn.Module) -> torch.optim.Optimizer:
+    make: Any = FusedAdamW if kind == "ours" else torch.optim.AdamW
+    made: torch.optim.Optimizer = make(net.parameters(), **OPTIONS)
+    return made
+
+
+def save_checkpoint(folder: str, kind: str, asynchronous: bool) -> None:
+    """Train two steps, save with torch.distributed.checkpoint, then train a third for the truth."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    net = fsdp()
+    optimizer = _optimizer(kind, net)
+    for step in range(2):
+        backward_alike(net, step)
+        optimizer.step()
+    model, state = get_state_dict(net, optimizer)
+    everything = {"model": model, "optimizer": state}
+    if asynchronous:
+        dcp.async_save(everything, checkpoint_id=folder).result()
+    else:
+        dcp.save(everything, checkpoint_id=folder)
+    backward_alike(net, 2)
+    optimizer.step()
+    params = [whole(p.detach()) for p in net.parameters()]
+    if dist.get_rank() == 0:
+        torch.save(params, Path(folder, "expected.pt"))
+
+
+def load_checkpoint(folder: str, kind: str) -> None:
+    """Load what another number of ranks has saved; the third step is theirs."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    torch.manual_seed(7)
+    net = fsdp()
+    optimizer = _optimizer(kind, net)
+    model, state = get_state_dict(net, optimizer)
+    everything = {"model": model, "optimizer": state}
+    dcp.load(everything, checkpoint_id=folder)
+    set_state_dict(
+        net,
+        optimizer,
+        model_state_dict=everything["model"],
+        optim_state_dict=everything["optimizer"],
+    )
+    assert all(s["step"] == 2 for s in optimizer.state.values())
+    backward_alike(net, 2)
+    optimizer.step()
+    for p, x in zip(net.parameters(), torch.load(Path(folder, "expected.pt")), strict=True):
+        torch.testing.assert_close(whole(p.detach()), x, rtol=1e-5, atol=1e-6)
+
+
+def backward_alike(net: nn.Module, step: int) -> None:
+    """The same batch on every rank, so that their number does not matter."""
+    torch.manual_seed(step)
+    net.zero_grad()
+    net(torch.randn(4, 6)).square().mean().backward()
+
+
+def zero_redundancy() -> None:
+    """ZeRO-1: each rank updates some of the params, and all have them."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(1)
+    net = DistributedDataParallel(Net())
+    oracle = Whole(list(net.parameters()))
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=FusedAdamW, **OPTIONS)
+    for step in range(3):
+        backward(net, step)
+        oracle.step()
+        optimizer.step()
+        for p, x in zip(net.parameters(), oracle.params, strict=True):
+            assert torch.equal(p, x)
+
+
+def fsdp1() -> None:
+    """FSDP1: one flat param, of which a rank holds a plain part."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(1)
+    nets = [Net() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    wrapped = [FullyShardedDataParallel(n, device_id=torch.device("cpu")) for n in nets]
+    ours = FusedAdamW(wrapped[0].parameters(), **OPTIONS)
+    torchs = torch.optim.AdamW(wrapped[1].parameters(), **OPTIONS)
+    for step in range(3):
+        for net, optimizer in zip(wrapped, (ours, torchs), strict=True):
+            backward(net, step)
+            optimizer.step()
+        for p, q in zip(*(n.parameters() for n in wrapped), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
