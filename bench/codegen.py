@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fused_adamw.kernels import adamw, schedule
+from fused_adamw.kernels import adamw, norm, schedule
 from fused_adamw.kernels import table as t
 from fused_adamw.kernels.launch_parameters import LaunchParameters, launch_parameters
 
@@ -60,7 +60,8 @@ class Case(NamedTuple):
 
     signatures: tuple[t.Signature, ...]
     scaled: bool = False  # under GradScaler: unscaled gradients are stored, steps may be skipped
-    kernel: Literal["adamw", "schedule"] = "adamw"
+    kernel: Literal["adamw", "schedule", "norm"] = "adamw"
+    clipped: bool = False  # the schedule takes a norm
     variant: dict[str, Any] = {}  # noqa: RUF012  # launch parameters other than the target's own
 
 
@@ -95,6 +96,10 @@ SETS = {
         (_MIXED, _ALL["fp32"]), variant={"blocks_per_program": 4, "maxnreg": 0}
     ),
     "schedule": Case((_ALL["fp32"],), kernel="schedule"),
+    "schedule-clipped": Case((_ALL["fp32"],), scaled=True, kernel="schedule", clipped=True),
+    "norm-fp32": Case((_ALL["fp32"],), kernel="norm"),
+    "norm-bf16": Case((_ALL["bf16"],), kernel="norm"),
+    "norm-mixed+fp32": Case((_MIXED, _ALL["fp32"]), kernel="norm"),
     "schedule-scaled": Case((_ALL["fp32"],), scaled=True, kernel="schedule"),
     "schedule-fp64-scaled": Case((_ALL["fp64"],), scaled=True, kernel="schedule"),
 }
@@ -158,6 +163,10 @@ class Address:
         """The address."""
         return self.address
 
+    def numel(self) -> int:
+        """Some number of elements."""
+        return 1
+
 
 MEMORY = t.Memory(*(cast(Tensor, Address(d)) for d in (torch.int64, torch.float32, torch.float64)))
 
@@ -178,7 +187,7 @@ def launches(target: GPUTarget) -> Iterator[list[Launch]]:
         enter = stack.enter_context
         enter(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
         enter(mock.patch.object(torch.version, "hip", "0" if target.backend == "hip" else None))
-        for kernel in (adamw._adamw, schedule._schedule):
+        for kernel in (adamw._adamw, schedule._schedule, norm._sum_squares):
             kernel.device_caches.clear()  # the device is always 0, whatever the target
             stack.callback(kernel.device_caches.clear)
             enter(mock.patch.object(kernel, "run", compile_only(kernel, kernel.run)))
@@ -206,11 +215,15 @@ def compile_case(name: str, target: str, case: Case | None = None) -> Report:
     with launches(TARGETS[target]) as seen:
         if case.kernel == "schedule":
             scalar = cast(Tensor, Address(torch.float32)) if case.scaled else None
-            schedule.schedule(table, MEMORY, scalar, scalar)
+            sums = cast(Tensor, Address(torch.float64))
+            given = schedule.Norm(sums, sums, skip_nonfinite=True) if case.clipped else None
+            schedule.schedule(table, MEMORY, scalar, scalar, given)
+        elif case.kernel == "norm":
+            norm.sum_squares(table, MEMORY.words, cast(Tensor, Address(torch.float64)))
         else:
             adamw.adamw(table, MEMORY, store_grad=case.scaled)
     (launch,) = seen
-    block = cast(int, launch.kwargs["BLOCK" if case.kernel == "adamw" else "TENSORS"])
+    block = cast(int, launch.kwargs["TENSORS" if case.kernel == "schedule" else "BLOCK"])
     threads = launch.compiled.metadata.num_warps * TARGETS[target].warp_size
     per_thread = max(1, block // threads)
     read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ MIN_TRITON = (3, 6)
 class Kernels(NamedTuple):
     """The modules that need Triton."""
 
+    norm: ModuleType
     schedule: ModuleType
     adamw: ModuleType
 
@@ -40,7 +42,7 @@ def load_kernels(device: torch.device) -> Kernels:
             f"but {triton.__version__} is installed, which cannot compile its kernels. Upgrade "
             f"torch (2.11 brings Triton 3.6) or Triton ({install}), or pass backend='reference'."
         )
-    from .kernels import adamw, schedule
+    from .kernels import adamw, norm, schedule
 
     interpreted = not isinstance(adamw._adamw, triton.runtime.JITFunction)
     if device.type != "cpu" and interpreted:
@@ -53,7 +55,7 @@ def load_kernels(device: torch.device) -> Kernels:
             "backend='triton' runs CPU tensors only under Triton's interpreter: set "
             "TRITON_INTERPRET=1 before triton is imported, or use backend='auto'."
         )
-    return Kernels(schedule, adamw)
+    return Kernels(norm, schedule, adamw)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -71,7 +73,9 @@ class GroupRows(NamedTuple):
     alive: list[Tensor]
 
 
-def group_rows(groups: Sequence[Mapping[str, Any]], device: torch.device) -> GroupRows:
+def group_rows(
+    groups: Sequence[Mapping[str, Any]], device: torch.device, max_norm: float | None = None
+) -> GroupRows:
     """Rows of hyper-parameters for the tables of a device.
 
     A tensor on a device stays there: the kernel reads it, so that no one waits for it and a
@@ -84,6 +88,7 @@ def group_rows(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Gro
         flags = t.MAXIMIZE * bool(group["maximize"])
         flags |= t.DECOUPLED * bool(group["decoupled_weight_decay"])
         value[t.EPS], value[t.WEIGHT_DECAY] = group["eps"], group["weight_decay"]
+        value[t.MAX_NORM] = math.inf if max_norm is None else max_norm
         for i, x in enumerate((group["lr"], *group["betas"])):
             if isinstance(x, Tensor) and (x.device == device or x.device.type != "cpu"):
                 dtype = x.dtype if x.dtype in t.SCALAR_CODES else torch.float64
@@ -107,7 +112,8 @@ class Launcher:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.kernels = load_kernels(device)
-        self.captured: list[tuple[t.Memory, Tensor, object]] = []
+        self.captured: list[object] = []
+        self._sums: dict[int, Tensor] = {}  # by mesh
         self._memory: t.Memory | None = None
         self._uploaded: t.Table | None = None
         self._reserve: tuple[t.Memory, Tensor] | None = None
@@ -141,25 +147,47 @@ class Launcher:
                 self._compiled.add((table.signatures, store_grad))
         return table
 
+    def upload(self, table: t.Table, alive: object) -> t.Memory:
+        """Bring the device's copy of a prepared table up to date.
+
+        `alive`: what the launches read and write besides it, kept with it where they are captured.
+        """
+        with self._current_device():
+            if is_capturing(self.device):
+                return self._record(table, alive)
+            return self._upload(table)
+
+    def sum_squares(self, table: t.Table, memory: t.Memory, mesh: int) -> Tensor:
+        """Sums of the squares of the gradients with this number of a mesh, to be added."""
+        with self._current_device():
+            if is_capturing(self.device):  # the graph's own memory
+                sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
+            else:
+                sums = self._sums.get(mesh, torch.empty(0))
+                if len(sums) != table.n_sums:
+                    sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
+                    self._sums[mesh] = sums
+            self.kernels.norm.sum_squares(table, memory.words, sums, mesh)
+        return sums
+
     def launch(
         self,
         table: t.Table,
+        memory: t.Memory,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        alive: object,
+        norm: tuple[Tensor, Tensor, bool] | None = None,
     ) -> None:
-        """Update the tensors of a prepared table.
+        """Update the tensors of an uploaded table.
 
-        grad_scale, found_inf: as GradScaler sets them, or None. `alive`: what the launches read and
-        write besides the table, kept with it where they are captured.
+        grad_scale, found_inf: as GradScaler sets them, or None. norm: kernels/schedule.py's Norm.
         """
         with self._current_device():
             grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
             if is_capturing(self.device):
-                memory = self._record(table, (alive, grad_scale, found_inf))
-            else:
-                memory = self._upload(table)
-            self.kernels.schedule.schedule(table, memory, grad_scale, found_inf)
+                self.captured.append((grad_scale, found_inf, norm))
+            given = None if norm is None else self.kernels.schedule.Norm(*norm)
+            self.kernels.schedule.schedule(table, memory, grad_scale, found_inf, given)
             self.kernels.adamw.adamw(table, memory, store_grad=grad_scale is not None)
 
     def _current_device(self) -> contextlib.AbstractContextManager[Any]:

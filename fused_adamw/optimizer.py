@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,17 +12,21 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import norm as norming
 from . import plan as planning
 from . import reference
 from . import state as stating
 from .checks import check_hypers, check_plain
+from .kernels import table as t
 from .launch import GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
+from .norm import Clipping, check_clipping
 from .plan import Entry, Grads, Plan, Seen
 from .shards import LocalGrads, as_param, local, local_grads, local_state
 
 Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
+_OPTIONS = ("backend", "max_grad_norm", "skip_nonfinite", "grad_norm_group")
 _KERNEL_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
 
@@ -52,6 +57,15 @@ class FusedAdamW(Optimizer):
             does. It belongs to the group as constructed: loading a checkpoint keeps it.
         backend: ``"auto"`` runs Triton on CUDA, ROCm and XPU tensors and the reference on others;
             ``"triton"`` and ``"reference"`` force one. No part of the ``state_dict``.
+        max_grad_norm: clip the gradients, of all groups and devices together, to this L2 norm, as
+            :func:`torch.nn.utils.clip_grad_norm_` does, but in the update: they stay as they are.
+            With ``GradScaler`` it is the norm of the unscaled gradients. DTensors count over
+            their mesh. An attribute, too, as the next one is; no part of the ``state_dict``.
+        skip_nonfinite: leave params, moments and steps as they are, on all devices and ranks, in a
+            step whose gradients hold NaN or infinity; :meth:`metrics` counts such steps.
+        grad_norm_group: process group whose ranks each hold a part of the plain tensors (FSDP1's
+            flat params, ZeRO-1, pipeline stages). Without one they would be clipped by a norm of
+            their own part.
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -78,6 +92,9 @@ class FusedAdamW(Optimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = True,
         backend: Backend = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        grad_norm_group: Any = None,
     ) -> None:
         if backend not in ("auto", "triton", "reference"):
             raise ValueError(f"Invalid backend: {backend!r} (want 'auto', 'triton' or 'reference')")
@@ -100,7 +117,10 @@ class FusedAdamW(Optimizer):
         }
         check_hypers(defaults, min_lr=0.0)
         defaults["betas"] = _scalar_betas(betas)
+        check_clipping(max_grad_norm, skip_nonfinite)
         self.backend: Backend = backend
+        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
+        self.grad_norm_group = grad_norm_group
         super().__init__(params, defaults)
         self._forget()
 
@@ -115,6 +135,8 @@ class FusedAdamW(Optimizer):
             *(c for x in self.__dict__.get("_launchers", {}).values() for c in x.captured),
         ]
         self._launchers: dict[torch.device, Launcher] = {}
+        # by device; a load goes on counting
+        self._metrics: dict[torch.device, Tensor] = self.__dict__.get("_metrics", {})
         self._say_who_unscales()
 
     def _say_who_unscales(self) -> None:
@@ -124,7 +146,7 @@ class FusedAdamW(Optimizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in _OPTIONS}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what load_state_dict, deepcopy or pickle brings; nothing of it is aliased."""
@@ -193,13 +215,24 @@ class FusedAdamW(Optimizer):
                 "A group with differentiable=True cannot unscale or skip by itself: construct the "
                 "optimizer with fused=False, so that GradScaler does it."
             )
-        self._check_changed_hypers()
+        clipping = check_clipping(self.max_grad_norm, self.skip_nonfinite)
+        if differentiable and clipping.wanted:
+            raise RuntimeError(
+                "A group with differentiable=True cannot be clipped or skipped by the optimizer: "
+                "use torch.nn.utils.clip_grad_norm_, with max_grad_norm=None and "
+                "skip_nonfinite=False."
+            )
+        self._check_changed_hypers(clipping.max_norm)
         here = local_grads(planning.flat(self.param_groups))
         plan, seen = self._current_plan(here)
         grads = seen.grads
+        if clipping.wanted:
+            self._make_metrics(plan.by_device)
         tables = {
             device: self._launchers[device].prepare(
-                table, self._group_rows(device), store_grad=grad_scale is not None
+                table,
+                self._group_rows(device, clipping.max_norm),
+                store_grad=grad_scale is not None,
             )
             for device, table in plan.tables.items()
         }
@@ -210,12 +243,27 @@ class FusedAdamW(Optimizer):
                     e.dense.copy_(e.local)
                 if e.grad_copy is not None:
                     e.grad_copy.copy_(grad)
+            memories = {
+                device: self._launchers[device].upload(
+                    table, (plan.copied, self._group_rows(device, clipping.max_norm))
+                )
+                for device, table in tables.items()
+            }
+            norms: dict[torch.device, Tensor] = {}
+            if clipping.wanted:
+                norms = self._sums(plan, grads, tables, memories)
             for device, entries in plan.by_device.items():
                 if device in tables:
-                    alive = plan.copied, self._group_rows(device)
-                    self._launchers[device].launch(tables[device], grad_scale, found_inf, alive)
+                    norm = None
+                    if clipping.wanted:
+                        norm = norms[device], self._metrics[device], clipping.skip_nonfinite
+                    self._launchers[device].launch(
+                        tables[device], memories[device], grad_scale, found_inf, norm
+                    )
                 else:
-                    self._run_reference(entries, grads, grad_scale, found_inf)
+                    self._run_reference(
+                        entries, grads, grad_scale, found_inf, clipping, norms.get(device)
+                    )
             for e, grad in copied:
                 if e.dense is not None:
                     e.local.copy_(e.dense)
@@ -243,7 +291,10 @@ class FusedAdamW(Optimizer):
                 self._plan = followed[0]
                 return followed
         grads = grads_here or [p.grad for p in planning.flat(groups)]
-        entries = planning.make_entries(groups, grads, self.state, plan)
+        ranks = [norming.ranks_of(p, self.grad_norm_group) for p in planning.flat(groups)]
+        meshes = norming.distinct(ranks)
+        numbers = [meshes[x] for x in ranks]
+        entries = planning.make_entries(groups, grads, self.state, plan, numbers)
         devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
         for device in on_kernel - self._launchers.keys():
@@ -256,7 +307,7 @@ class FusedAdamW(Optimizer):
             )
         stating.init_state(entries.all, self.state, _step_dtype())
         self._plan, seen = planning.make_plan(
-            groups, grads, entries, self.state, on_kernel, grads_here
+            groups, grads, entries, self.state, on_kernel, grads_here, meshes
         )
         return self._plan, seen
 
@@ -265,7 +316,7 @@ class FusedAdamW(Optimizer):
             return device.type in _KERNEL_DEVICES
         return self.backend == "triton"
 
-    def _check_changed_hypers(self) -> None:
+    def _check_changed_hypers(self, max_norm: float | None) -> None:
         """Check hyper-parameters that are not as they were, and forget the rows made of them."""
         values = [
             (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g[_DECOUPLED])
@@ -273,16 +324,68 @@ class FusedAdamW(Optimizer):
         ]
         if any(isinstance(x, Tensor) for v in values for x in v[:5]):
             values = []  # they change in place, and comparing them would wait for the device
+        if values:
+            values.append((max_norm,))
         if not values or values != self._hypers:
             for group in self.param_groups:
                 check_hypers(group)
             self._hypers, self._rows = values, {}
 
-    def _group_rows(self, device: torch.device) -> GroupRows:
+    def _group_rows(self, device: torch.device, max_norm: float | None) -> GroupRows:
         rows = self._rows.get(device)
         if rows is None:
-            rows = self._rows[device] = group_rows(self.param_groups, device)
+            rows = self._rows[device] = group_rows(self.param_groups, device, max_norm)
         return rows
+
+    def _sums(
+        self,
+        plan: Plan,
+        grads: Grads,
+        tables: Mapping[torch.device, t.Table],
+        memories: Mapping[torch.device, t.Memory],
+    ) -> dict[torch.device, Tensor]:
+        """Sums of squares of all gradients, as each device of the plan needs them."""
+        parts: dict[norming.Ranks, list[Tensor]] = {}
+        for ranks, mesh in plan.meshes.items():
+            own = parts[ranks] = []
+            for device, entries in plan.by_device.items():
+                if device in tables:
+                    launcher = self._launchers[device]
+                    own.append(launcher.sum_squares(tables[device], memories[device], mesh))
+                else:
+                    here = [grads[e.place] for e in entries if e.mesh == mesh]
+                    own.append(reference.sum_squares(g for g in here if g is not None))
+        everywhere = list(plan.by_device)
+        if not everywhere:  # this rank has nothing to update, but others wait for its part
+            everywhere = [local(planning.flat(self.param_groups)[0]).device]
+        return norming.add_up(parts, everywhere)
+
+    def _make_metrics(self, devices: Iterable[torch.device]) -> None:
+        for device in devices:
+            if device not in self._metrics:
+                if is_capturing(device):
+                    raise RuntimeError(
+                        "FusedAdamW.step() with max_grad_norm or skip_nonfinite cannot be captured "
+                        "in a CUDA graph yet: its metrics have no memory. Run one step() with the "
+                        "same options outside the capture."
+                    )
+                self._metrics[device] = torch.zeros(t.METRICS, dtype=torch.float64, device=device)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last steps with ``max_grad_norm`` or ``skip_nonfinite`` found.
+
+        Returns 0-dim float64 tensors on the params' device, copies: ``grad_norm``, before clipping
+        and unscaled; ``clip_factor``, by which gradients were multiplied; ``skipped_steps``, all
+        since construction, for overflows that GradScaler found, too. Nothing waits for the device
+        but who reads them. Zeros before the first such step.
+        """
+        kept = next(iter(self._metrics.values()), None)
+        values = torch.zeros(t.METRICS, dtype=torch.float64) if kept is None else kept.clone()
+        return {
+            "grad_norm": values[t.NORM],
+            "clip_factor": values[t.CLIP_FACTOR],
+            "skipped_steps": values[t.SKIPPED],
+        }
 
     def _run_reference(
         self,
@@ -290,10 +393,19 @@ class FusedAdamW(Optimizer):
         grads: Grads,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        clipping: Clipping,
+        sums: Tensor | None,
     ) -> None:
-        if found_inf is not None and float(found_inf) != 0:
-            return
         scale = 1.0 if grad_scale is None else float(grad_scale)
+        factor: float | None = 1.0
+        overflow = found_inf is not None and float(found_inf) != 0
+        if sums is not None:
+            metrics = self._metrics[entries[0].local.device]
+            factor = norming.decide(
+                sums, 1 / scale if scale else math.inf, overflow, clipping, metrics
+            )
+        if overflow or factor is None:
+            return
         known: dict[tuple[int, float], reference.Scalars] = {}
         for e in entries:
             grad = grads[e.place] if e.grad_copy is None else e.grad_copy
@@ -302,7 +414,9 @@ class FusedAdamW(Optimizer):
             state = local_state(self.state[e.param])
             step = float(state["step"].add_(1))
             if (e.group, step) not in known:
-                known[e.group, step] = reference.schedule(self.param_groups[e.group], step, scale)
+                known[e.group, step] = reference.schedule(
+                    self.param_groups[e.group], step, scale, factor
+                )
             reference.adamw(
                 e.local if e.dense is None else e.dense,
                 grad,

@@ -31,6 +31,7 @@ from .layouts import (
     is_dense,
     same_strides,
 )
+from .norm import Ranks
 from .shards import local, local_state
 
 Groups = Sequence[Mapping[str, Any]]
@@ -50,6 +51,7 @@ class Entry(NamedTuple):
     grad: GradLayout  # where it has none in this step: as it was, or as it will most likely be
     dense: Tensor | None  # stand-in for a param with gaps in its memory, copied there and back
     grad_copy: Tensor | None  # the gradient in the param's layout, where its own is another
+    mesh: int  # number of the ranks over which its gradient's squares are added: norm.py
 
 
 class Entries(NamedTuple):
@@ -106,6 +108,7 @@ class Plan:
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
     tables: dict[torch.device, t.Table]
+    meshes: Mapping[Ranks, int]  # numbers of the sets of ranks that hold parts of gradients
 
 
 def flat(groups: Groups) -> list[Tensor]:
@@ -197,10 +200,15 @@ def written_by(plan: Plan, seen: Seen, state: State) -> list[Tensor]:
 
 
 def make_entries(
-    groups: Groups, grads: Sequence[Tensor | None], state: State, before: Plan | None
+    groups: Groups,
+    grads: Sequence[Tensor | None],
+    state: State,
+    before: Plan | None,
+    meshes: Sequence[int] = (),
 ) -> Entries:
     """Check all tensors of the step, then list those to update. Changes nothing.
 
+    `meshes`: a number for each param, 0 where there are none.
     `before`: the last plan, which knows the layout of gradients that are away in this step.
     """
     known = {} if before is None else {e.place: (e.param, e.grad) for e in before.entries.all}
@@ -225,7 +233,8 @@ def make_entries(
                     and known[place][1].numel == here.numel()
                 ):
                     layout = known[place][1]
-            entries.append(Entry(place, number, name, p, here, moments, layout, None, None))
+            mesh = meshes[place] if meshes else 0
+            entries.append(Entry(place, number, name, p, here, moments, layout, None, None, mesh))
     return Entries.of([_with_copies(e) for e in entries])
 
 
@@ -262,7 +271,8 @@ def make_plan(
     entries: Entries,
     state: State,
     on_kernel: Collection[torch.device],
-    grads_here: Grads | None = None,
+    grads_here: Grads | None,
+    meshes: Mapping[Ranks, int],
 ) -> tuple[Plan, Seen]:
     """The plan for checked entries whose state is there."""
     by_device: dict[torch.device, list[Entry]] = {}
@@ -287,6 +297,7 @@ def make_plan(
             )
             for device in on_kernel
         },
+        meshes=meshes,
     )
     return plan, seen
 
@@ -333,4 +344,5 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         group=e.group,
         signature=t.Signature(dtypes[0], dtypes[1], dtypes[2], dtypes[3], len(at) > 2),
         step_is_double=state["step"].dtype == torch.float64,
+        mesh=e.mesh,
     )

@@ -6,7 +6,7 @@ Twins of the kernels by name: `schedule` of kernels/schedule.py, `adamw_update` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,9 @@ class Scalars(NamedTuple):
     l2: float  # weight_decay, in the gradient
 
 
-def schedule(group: Mapping[str, Any], step: float, grad_scale: float = 1.0) -> Scalars:
+def schedule(
+    group: Mapping[str, Any], step: float, grad_scale: float = 1.0, clip_factor: float = 1.0
+) -> Scalars:
     """Scalars of the `step`-th update (counted from 1) under the hyper-parameters of `group`."""
     lr, beta1, beta2 = (
         float(x.detach() if isinstance(x, Tensor) else x) for x in (group["lr"], *group["betas"])
@@ -39,7 +41,7 @@ def schedule(group: Mapping[str, Any], step: float, grad_scale: float = 1.0) -> 
     weight_decay, decoupled = float(group["weight_decay"]), group["decoupled_weight_decay"]
     unscale = 1 / grad_scale if grad_scale else float("inf")
     return Scalars(
-        grad_factor=-unscale if group["maximize"] else unscale,
+        grad_factor=(-unscale if group["maximize"] else unscale) * clip_factor,
         unscale=unscale,
         one_minus_beta1=1 - beta1,
         one_minus_beta2=1 - beta2,
@@ -115,6 +117,24 @@ def adamw(
         for x, value in zip(stored, values, strict=True):
             if value is not x:
                 x.copy_(value)
+
+
+def sum_squares(grads: Iterable[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, float64 [1], on the gradients' device.
+
+    Taken in float64, so that they neither overflow nor vanish, piece by piece.
+    """
+    total: Tensor | None = None
+    for grad in grads:
+        if total is None:
+            total = torch.zeros(1, dtype=torch.float64, device=grad.device)
+        grad = grad.resolve_conj().resolve_neg()
+        line = (torch.view_as_real(grad) if grad.is_complex() else grad).reshape(-1)
+        size = PIECE_PER_THREAD * torch.get_num_threads()
+        for start in range(0, len(line), size):
+            wide = line[start : start + size].double()
+            total += torch.dot(wide, wide)
+    return torch.zeros(1, dtype=torch.float64) if total is None else total
 
 
 def _pieces(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:

@@ -6,6 +6,8 @@ that nothing here depends on a host value that a captured graph would freeze.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +39,11 @@ _MAXIMIZE = tl.constexpr(t.MAXIMIZE)
 _DECOUPLED = tl.constexpr(t.DECOUPLED)
 _CODES_SHIFT = tl.constexpr(t.CODES_SHIFT)
 _LR_AT = tl.constexpr(t.LR_AT)
+_MAX_NORM = tl.constexpr(t.MAX_NORM)
+_NORM = tl.constexpr(t.NORM)
+_CLIP_FACTOR = tl.constexpr(t.CLIP_FACTOR)
+_SKIPPED = tl.constexpr(t.SKIPPED)
+_SUMS = tl.constexpr(t.SUMS)
 _STEP = tl.constexpr(t.STEP)
 _GROUP = tl.constexpr(t.GROUP)
 _STEP_IS_DOUBLE = tl.constexpr(t.STEP_IS_DOUBLE)
@@ -84,6 +91,21 @@ def _one_sided(weight):
 
 
 @triton.jit
+def _total(sums, n_sums, SUMS: tl.constexpr):
+    """All sums of squares together."""
+    lane = tl.arange(0, SUMS)
+    return tl.sum(tl.load(sums + lane, mask=lane < n_sums, other=0), axis=0)
+
+
+@triton.jit
+def _clip_factor(norm, max_norm):
+    """What torch's clip_grad_norm_ multiplies gradients by; NaN stays NaN."""
+    off = max_norm == float("inf")
+    factor = tl.where(off, 0, max_norm) / (norm + 1e-6)
+    return tl.where((factor > 1) | off, 1.0, factor)
+
+
+@triton.jit
 def _put(scalars, scalars64, tensor, mask, value, COLUMN: tl.constexpr, FLOAT64: tl.constexpr):
     tl.store(scalars + tensor * SCALARS + COLUMN, value.to(tl.float32), mask=mask)
     if FLOAT64:
@@ -91,8 +113,8 @@ def _put(scalars, scalars64, tensor, mask, value, COLUMN: tl.constexpr, FLOAT64:
 
 
 @triton.jit(
-    do_not_specialize=["n_groups", "n_tensors"],
-    do_not_specialize_on_alignment=["grad_scale", "found_inf"],
+    do_not_specialize=["n_groups", "n_tensors", "n_sums"],
+    do_not_specialize_on_alignment=["grad_scale", "found_inf", "sums", "metrics"],
 )
 def _schedule(
     words,  # int64 [n_words]: see table.py
@@ -100,8 +122,12 @@ def _schedule(
     scalars64,  # float64, the same
     grad_scale,  # float32 [], or None
     found_inf,  # float32 [], or None
+    sums,  # float64 [n_sums], of squares of all gradients, or None
+    metrics,  # float64 [METRICS], where there are sums
     n_groups,
     n_tensors,
+    n_sums,
+    SKIP_NONFINITE: tl.constexpr,
     FLOAT64: tl.constexpr,
     TENSORS: tl.constexpr,
 ):
@@ -110,10 +136,15 @@ def _schedule(
     tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     mask = tensor < n_tensors
 
-    active = mask & (tl.load(grads + tensor, mask=mask, other=0) != 0)
+    # as vectors: the interpreter cannot `&` a block with a scalar's comparison
+    go = tensor >= 0
     if found_inf is not None:  # a sum over devices: anything but 0 skips the step
-        # as a vector: the interpreter cannot `&` a block with a scalar's comparison
-        active = active & (tl.load(found_inf + tensor * 0, mask=mask, other=0) == 0)
+        go = go & (tl.load(found_inf + tensor * 0, mask=mask, other=0) == 0)
+    if sums is not None:
+        total = _total(sums, n_sums, _SUMS) + tensor * 0
+        if SKIP_NONFINITE:
+            go = go & (total < float("inf"))  # NaN is not
+    active = go & mask & (tl.load(grads + tensor, mask=mask, other=0) != 0)
 
     row = tensors + tensor * TENSOR_WORDS
     step_at = tl.load(row + _STEP, mask=mask, other=0)
@@ -139,6 +170,15 @@ def _schedule(
     if grad_scale is not None:
         unscale = unscale / tl.load(grad_scale).to(tl.float64)
     factor = tl.where((flags & _MAXIMIZE) != 0, -unscale, unscale)
+    if sums is not None:
+        norm = tl.sqrt(total) * tl.abs(unscale)
+        clip = _clip_factor(norm, _double(group + _MAX_NORM, mask))
+        factor = factor * clip
+        first = tensor == 0
+        skipped = tl.load(metrics + tensor * 0 + _SKIPPED, mask=first, other=0)
+        tl.store(metrics + tensor * 0 + _NORM, norm, mask=first)
+        tl.store(metrics + tensor * 0 + _CLIP_FACTOR, clip, mask=first)
+        tl.store(metrics + tensor * 0 + _SKIPPED, tl.where(go, skipped, skipped + 1), mask=first)
     bias1 = 1 - _power(beta1, step)
     bias2 = 1 - _power(beta2, step)
 
@@ -155,8 +195,20 @@ def _schedule(
     _put(scalars, scalars64, tensor, mask, tl.where(decoupled, zero, weight_decay), L2, FLOAT64)
 
 
+class Norm(NamedTuple):
+    """What the schedule needs for clipping, and where it writes the metrics."""
+
+    sums: Tensor  # float64 [any number up to SUMS]: of squares of all gradients, as they lie there
+    metrics: Tensor  # float64 [METRICS]
+    skip_nonfinite: bool
+
+
 def schedule(
-    table: t.Table, memory: t.Memory, grad_scale: Tensor | None, found_inf: Tensor | None
+    table: t.Table,
+    memory: t.Memory,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    norm: Norm | None = None,
 ) -> None:
     """Count a step for each tensor with a gradient and write its scalars.
 
@@ -168,8 +220,12 @@ def schedule(
         memory.scalars64,
         grad_scale,
         found_inf,
+        None if norm is None else norm.sums,
+        None if norm is None else norm.metrics,
         table.n_groups,
         table.n_tensors,
+        0 if norm is None else norm.sums.numel(),
+        SKIP_NONFINITE=norm is not None and norm.skip_nonfinite,
         FLOAT64=table.float64,
         TENSORS=_TENSORS_PER_PROGRAM,
         enable_fp_fusion=False,

@@ -37,17 +37,25 @@ CHUNKS, CHUNKS_PER_TENSOR = 32768, 8
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY = range(5)  # float64 bits
 LR_AT, BETA1_AT, BETA2_AT = range(5, 8)  # address of a device scalar, 0 = use the value above
 FLAGS = 8  # bit 0 maximize, bit 1 decoupled, then 2 bits of dtype code for lr, beta1, beta2
-GROUP_WORDS = 9
+MAX_NORM = 9  # float64 bits; of all gradients, so every group has the same; infinity: no clipping
+GROUP_WORDS = 10
 MAXIMIZE, DECOUPLED, CODES_SHIFT = 1, 2, 2
 SCALAR_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # words of a row of `tensors`
 PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, NUMEL, GROUP, SIGNATURE, STEP_IS_DOUBLE = range(9)
-TENSOR_WORDS = 9
+MESH = 9  # tensors whose squares are added up over the same ranks have the same number
+TENSOR_WORDS = 10
 
 # columns of the scalars that the schedule writes for each tensor; a row is 64 bytes in float32
 ACTIVE, GRAD_FACTOR, UNSCALE, W1, W2, RSQRT_BIAS2, EPSILON, NEG_STEP_SIZE, DECAY, L2 = range(10)
 SCALARS = 16
+
+SUMS = (
+    2048  # programs, at most, of kernels/norm.py: each leaves one sum to be added by the schedule
+)
+NORM, CLIP_FACTOR, SKIPPED = range(3)  # what the schedule writes down: float64 [METRICS]
+METRICS = 3
 
 EMPTY_GRAD = 1  # stands for the address of a gradient without elements: present, never read
 
@@ -86,6 +94,7 @@ class Row(NamedTuple):
     group: int
     signature: Signature
     step_is_double: bool
+    mesh: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +115,16 @@ class Table:
     def n_words(self) -> int:
         """Length of groups, grads, tensors and chunks together."""
         return len(self.groups) + len(self.grads) + len(self.rest)
+
+    @property
+    def n_chunks(self) -> int:
+        """Length of the work list."""
+        return self.n_programs // self.blocks_per_chunk
+
+    @property
+    def n_sums(self) -> int:
+        """Sums of squares that the norm's launch leaves."""
+        return min(self.n_chunks, SUMS)
 
     @property
     def float64(self) -> bool:
@@ -146,7 +165,8 @@ def build(
     signatures = tuple(sorted({row.signature for row in rows}, key=str))
     code = {signature: i for i, signature in enumerate(signatures)}
     tensors = np.array(
-        [[*row[:7], code[row.signature], row.step_is_double] for row in rows], dtype=np.int64
+        [[*row[:7], code[row.signature], row.step_is_double, row.mesh] for row in rows],
+        dtype=np.int64,
     ).reshape(len(rows), TENSOR_WORDS)
     chunks, blocks_per_chunk = plan_chunks(tensors[:, NUMEL], parameters.elements)
     return Table(

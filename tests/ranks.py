@@ -60,13 +60,21 @@ class Whole:
         self.torchs = [nn.Parameter(p.detach().clone()) for p in self.params]
         self.torch = torch.optim.AdamW(self.torchs, **OPTIONS)
 
-    def step(self) -> None:
-        """A step with the whole gradients of the sources."""
+    def step(self, max_norm: float | None = None) -> None:
+        """A step with the whole gradients of the sources, clipped in torch's if asked for."""
         for source, p, q in zip(self.sources, self.params, self.torchs, strict=True):
             p.grad = None if source.grad is None else whole(source.grad).clone()
             q.grad = None if p.grad is None else p.grad.clone()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(self.torchs, max_norm)
         self.optimizer.step()
         self.torch.step()
+
+    def check_closely(self, optimizer: torch.optim.Optimizer) -> None:
+        """Params are those of the whole one and of torch's, but for the order of a sum."""
+        for source, p, q in zip(self.sources, self.params, self.torchs, strict=True):
+            torch.testing.assert_close(whole(source.detach()), p.detach(), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Params and states of the sharded optimizer are those of the whole one, to the bit."""
@@ -80,6 +88,91 @@ class Whole:
                 if key != "step" and isinstance(source, DTensor):
                     assert isinstance(x, DTensor)
                     assert x.placements == source.placements
+
+
+def clip_across_ranks(shape: tuple[int, ...], backend: str) -> None:
+    """FSDP2 or HSDP with max_grad_norm: the norm is that of the whole, replicas counted once."""
+    net = fsdp(shape)
+    optimizer = FusedAdamW(net.parameters(), max_grad_norm=0.05, backend=backend, **OPTIONS)  # type: ignore[arg-type]
+    oracle = Whole(list(net.parameters()), max_grad_norm=0.05)
+    for step in range(3):
+        backward(net, step)
+        oracle.step(0.05)
+        optimizer.step()
+        oracle.check_closely(optimizer)
+        assert 0 < optimizer.metrics()["clip_factor"] < 1
+        both = [x.metrics()["grad_norm"] for x in (optimizer, oracle.optimizer)]
+        torch.testing.assert_close(*both, rtol=1e-12, atol=0)
+
+
+def clip_mixed_placements() -> None:
+    """Each mesh and placement is added over its own ranks, plain tensors over none."""
+    world = dist.get_world_size()
+    flat = init_device_mesh("cpu", (world,))
+    grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [
+        (flat, [Shard(0)]),
+        (flat, [Replicate()]),
+        (grid, [Replicate(), Shard(1)]),
+        (grid, [Shard(0), Shard(1)]),
+    ]
+    params: list[Tensor] = [
+        nn.Parameter(distribute_tensor(torch.randn(5, 6), mesh, layout)) for mesh, layout in layouts
+    ]
+    params.append(nn.Parameter(torch.randn(3)))
+    optimizer = FusedAdamW(params, max_grad_norm=0.5, **OPTIONS)
+    oracle = Whole(params, max_grad_norm=0.5)
+    for step in range(2):
+        torch.manual_seed(step)
+        for p, layout in zip(params, layouts, strict=False):
+            p.grad = distribute_tensor(torch.randn(5, 6), *layout)
+        params[-1].grad = torch.randn(3)
+        oracle.step(0.5)
+        optimizer.step()
+        oracle.check_closely(optimizer)
+
+
+def skip_on_all_ranks() -> None:
+    """NaN in a shard of one rank: no rank updates, and all count it."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+    optimizer = FusedAdamW([p], skip_nonfinite=True)
+    for bad in (False, True, False):
+        local = torch.ones(8 // dist.get_world_size())
+        if bad and dist.get_rank() == 1:
+            local[0] = torch.nan
+        p.grad = DTensor.from_local(local, mesh, [Shard(0)])
+        optimizer.step()
+    assert optimizer.metrics()["skipped_steps"].item() == 1
+    assert optimizer.state[p]["step"].item() == 2
+    assert p.full_tensor().isfinite().all()
+
+
+def plain_parts_need_a_group() -> None:
+    """Plain tensors of which each rank has a part are clipped by the norm of all with a group."""
+    whole_grad = torch.arange(1.0, 9.0)
+    part = whole_grad.chunk(dist.get_world_size())[dist.get_rank()]
+    norms = []
+    for group in (None, dist.group.WORLD):
+        p = nn.Parameter(torch.ones_like(part))
+        p.grad = part.clone()
+        optimizer = FusedAdamW([p], max_grad_norm=1.0, grad_norm_group=group)
+        optimizer.step()
+        norms.append(optimizer.metrics()["grad_norm"])
+    torch.testing.assert_close(norms[0], part.double().norm())
+    torch.testing.assert_close(norms[1], whole_grad.double().norm())
+
+
+def nothing_to_update_on_one_rank() -> None:
+    """A rank without any gradient takes part in the norm all the same."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    optimizer = FusedAdamW([p], max_grad_norm=1.0)
+    if dist.get_rank() == 0:
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)
+    optimizer.step()
+    if dist.get_rank() == 0:
+        assert optimizer.metrics()["grad_norm"].item() == 2**0.5
 
 
 class Net(nn.Module):

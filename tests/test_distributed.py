@@ -69,3 +69,30 @@ def test_zero_redundancy_optimizer() -> None:
 
 def test_fsdp1() -> None:
     on_ranks(2, ranks.fsdp1)
+
+
+@pytest.mark.parametrize(
+    ("world", "shape", "backend"),
+    [(2, (), "reference"), (2, (), "triton"), (4, (2, 2), "reference")],
+    ids=str,
+)
+def test_clipping_under_fsdp2(world: int, shape: tuple[int, ...], backend: str) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    on_ranks(world, ranks.clip_across_ranks, shape, backend)
+
+
+def test_clipping_over_several_meshes() -> None:
+    on_ranks(4, ranks.clip_mixed_placements)
+
+
+def test_all_ranks_skip_together() -> None:
+    on_ranks(2, ranks.skip_on_all_ranks)
+
+
+def test_plain_parts_are_clipped_by_a_group() -> None:
+    on_ranks(2, ranks.plain_parts_need_a_group)
+
+
+def test_norm_with_nothing_to_update_on_one_rank() -> None:
+    on_ranks(2, ranks.nothing_to_update_on_one_rank)

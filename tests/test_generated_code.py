@@ -27,7 +27,8 @@ VECTOR = 128  # bits: the widest access that a 16-byte alignment allows
 BOUNDED = ("fp32", "bf16", "mixed+fp32", "bf16+fp32")  # the sets whose registers are bounded
 SETS = (*BOUNDED, "fp16", "fp32-scaled", "mixed+fp32-scaled", "fp32-amsgrad", "fp64", "fp64-scaled")
 SETS += ("fp32-exact", "mixed+fp32-exact", "fp32-looped", "mixed+fp32-looped")
-SCHEDULES = ("schedule", "schedule-scaled", "schedule-fp64-scaled")
+NORMS = ("norm-fp32", "norm-bf16", "norm-mixed+fp32")
+SCHEDULES = ("schedule-clipped", "schedule", "schedule-scaled", "schedule-fp64-scaled")
 # (param, grad, moments), each on its own: all there are of these dtypes, and float64's
 TRIPLES = tuple("/".join(t) for t in itertools.product(("fp32", "bf16", "fp16"), repeat=3))
 TRIPLES += ("fp64/fp64/fp64", "fp64/fp32/fp64", "fp64/fp32/fp32")
@@ -55,8 +56,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], A
     folder = tmp_path_factory.mktemp("codegen")
     env = compiling(folder / "cache")
     jobs = [  # of about the same length, for two cores
-        (("sm_80", "sm_100"), SETS + SCHEDULES),
-        (("sm_90", "gfx942"), SETS + SCHEDULES),
+        (("sm_80", "sm_100"), SETS + SCHEDULES + NORMS),
+        (("sm_90", "gfx942"), SETS + SCHEDULES + NORMS),
         (("sm_90",), TRIPLES[: len(TRIPLES) // 2]),
         (("sm_90",), TRIPLES[len(TRIPLES) // 2 :]),
     ]
@@ -110,6 +111,20 @@ def test_aligned_path_moves_128_bits_and_the_other_one_element(
     check_accesses(reports[name, target])
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NORMS)
+def test_norm_reads_128_bits_at_a_time(
+    reports: dict[tuple[str, str], Any], name: str, target: str
+) -> None:
+    report = reports[name, target]
+    per_thread, grads = report["elements_per_thread"], [s[1] for s in report["signatures"]]
+    wanted = Counter[int]()
+    for dtype in grads:
+        wanted[VECTOR] += per_thread * BITS[dtype] // VECTOR
+        wanted[BITS[dtype]] += per_thread
+    assert report["loads"] == wanted
+
+
 def check_spills(report: Any) -> None:
     """Nothing is spilled, but for a pair or two of registers where the launcher caps them."""
     import triton
@@ -127,7 +142,7 @@ def check_spills(report: Any) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", SETS + SCHEDULES)
+@pytest.mark.parametrize("name", SETS + SCHEDULES + NORMS)
 def test_nothing_is_spilled(reports: dict[tuple[str, str], Any], name: str, target: str) -> None:
     check_spills(reports[name, target])
 
@@ -162,7 +177,7 @@ def test_no_more_shared_memory_than_eight_programs_have(
     reports: dict[tuple[str, str], Any], target: str
 ) -> None:
     # 64 KiB of AMD's is the least of them; the unaligned path changes layouts through it
-    for name in SETS + SCHEDULES:
+    for name in SETS + SCHEDULES + NORMS:
         assert reports[name, target]["shared"] <= 8192, name
 
 

@@ -1,0 +1,101 @@
+"""Sums of the squares of all gradients of a device, in one launch over the table's chunks.
+
+Squares are taken and added in float64: those of float32 gradients neither overflow nor vanish, and
+a sum that is not finite means a gradient that is not. (Float64 gradients beyond 1e154 do overflow.)
+Each program walks every n-th chunk and has a cell of its own, so there is no atomic addition, and
+the sum has the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import table as t
+from .adamw import _at, constexpr_signatures
+from .columns import GROUP_WORDS, TENSOR_WORDS
+
+_NUMEL = tl.constexpr(t.NUMEL)
+_SIGNATURE = tl.constexpr(t.SIGNATURE)
+_MESH = tl.constexpr(t.MESH)
+_VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format
+
+
+@triton.jit
+def _squares(
+    grad, start, first, last, GRAD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Squares of the elements [first, last) of a block, and 0 elsewhere."""
+    lane = tl.arange(0, BLOCK)
+    mask = lane < last
+    if not ALIGNED:
+        mask &= lane >= first
+    g = tl.load(_at(grad, start, lane, GRAD, ALIGNED), mask=mask, other=0).to(tl.float64)
+    return g * g
+
+
+@triton.jit(
+    do_not_specialize=["n_groups", "n_tensors", "n_chunks", "blocks_per_chunk", "mesh"],
+    do_not_specialize_on_alignment=["sums"],
+)
+def _sum_squares(
+    words,  # int64 [n_words]: see table.py
+    sums,  # float64 [programs]
+    n_groups,
+    n_tensors,
+    n_chunks,
+    blocks_per_chunk,
+    mesh,  # only tensors of this number count
+    SIGNATURES: tl.constexpr,  # as adamw.py has them
+    BLOCK: tl.constexpr,
+):
+    grads = words + n_groups * GROUP_WORDS
+    tensors = grads + n_tensors
+    chunks = tensors + n_tensors * TENSOR_WORDS
+    total = tl.zeros([BLOCK], tl.float64)
+    i = tl.program_id(0)
+    while i < n_chunks:
+        chunk = tl.load(chunks + i)
+        index = chunk & 0xFFFFFFFF
+        tensor = tensors + index * TENSOR_WORDS
+        grad = tl.load(grads + index)
+        signature = tl.load(tensor + _SIGNATURE)
+        block = chunk >> 32
+        n_blocks = tl.minimum(
+            (tl.load(tensor + _NUMEL) + BLOCK - 1) // BLOCK, block + blocks_per_chunk
+        )
+        if (grad == 0) | (tl.load(tensor + _MESH) != mesh):
+            n_blocks = block
+        while block < n_blocks:
+            start = block * BLOCK
+            size = tl.minimum(tl.load(tensor + _NUMEL) - start, BLOCK).to(tl.int32)
+            vectors = tl.where(grad % 16 == 0, size // _VECTOR, 0) * _VECTOR  # as in adamw.py
+            for s in tl.static_range(len(SIGNATURES)):
+                if signature == s:
+                    if vectors > 0:
+                        total += _squares(grad, start, 0, vectors, SIGNATURES[s][1], True, BLOCK)
+                    if vectors < size:
+                        total += _squares(
+                            grad, start, vectors, size, SIGNATURES[s][1], False, BLOCK
+                        )
+            block += 1
+        i += tl.num_programs(0)
+    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
+
+
+def sum_squares(table: t.Table, words: Tensor, sums: Tensor, mesh: int = 0) -> None:
+    """Write each program's sum of squares to `sums`, float64 [table.n_sums]; all to be added."""
+    _sum_squares[(table.n_sums,)](
+        words,
+        sums,
+        table.n_groups,
+        table.n_tensors,
+        table.n_chunks,
+        table.blocks_per_chunk,
+        mesh,
+        SIGNATURES=constexpr_signatures(table.signatures),
+        BLOCK=table.parameters.elements,
+        num_warps=table.parameters.num_warps * min(table.parameters.blocks_per_program, 4),
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,314 @@
+"""max_grad_norm, skip_nonfinite and metrics(): against clip_grad_norm_ and torch.optim.AdamW."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+
+from fused_adamw import FusedAdamW, reference
+from fused_adamw.kernels import table as t
+from fused_adamw.launch import Launcher
+
+each = pytest.mark.parametrize
+SIZES = (1, 7, 8, 9, 1023, 1025, 3000, 0)
+EPS = {"eps": 0.1}  # float16 holds no second moments of clipped gradients: keep quotients sane
+
+
+def make_params(device: torch.device, dtypes: list[torch.dtype]) -> list[Parameter]:
+    return [
+        Parameter(torch.randn(n + 1, dtype=dtype, device=device)[n % 2 :][:n].detach())
+        for dtype in dtypes
+        for n in SIZES
+    ]
+
+
+def twin(params: list[Parameter]) -> list[Parameter]:
+    return [Parameter(p.detach().clone()) for p in params]
+
+
+def set_grads(step: int, *lists: list[Parameter], scale: float = 1.0) -> None:
+    for params in lists:
+        torch.manual_seed(step)
+        for i, p in enumerate(params):
+            absent = (i + step) % 5 == 0
+            p.grad = None if absent else scale * torch.randn_like(p)
+
+
+def assert_close(ours: list[Parameter], theirs: list[Parameter]) -> None:
+    for p, q in zip(ours, theirs, strict=True):
+        loose = 2e-2 if p.dtype in (torch.bfloat16, torch.float16) else 2e-6
+        torch.testing.assert_close(p, q, rtol=loose, atol=loose)
+
+
+@each("max_norm", [0.5, 1e6])
+@each(
+    "dtypes",
+    [
+        [torch.float32],
+        [torch.float64],
+        [torch.complex64],
+        [torch.bfloat16, torch.float32, torch.float16],
+    ],
+    ids=str,
+)
+def test_as_torch_clips(
+    device: torch.device, backend: Any, dtypes: list[torch.dtype], max_norm: float
+) -> None:
+    params = make_params(device, dtypes)
+    others = twin(params)
+    groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.1, "maximize": True}]
+    their_groups = [{"params": others[::2]}, {**groups[1], "params": others[1::2]}]
+    ours = FusedAdamW(groups, backend=backend, max_grad_norm=max_norm, **EPS)
+    theirs = torch.optim.AdamW(their_groups, **EPS)
+    for step in range(3):
+        set_grads(step, params, others)
+        kept = [None if p.grad is None else p.grad.clone() for p in params]
+        reals = [torch.view_as_real(g) if g.is_complex() else g for g in kept if g is not None]
+        exact = math.sqrt(sum(g.double().square().sum().item() for g in reals))
+        factor = min(1.0, max_norm / (exact + 1e-6))
+        if len(dtypes) == 1:
+            norm = clip_grad_norm_([q for q in others if q.grad is not None], max_norm).item()
+            assert norm == pytest.approx(exact, rel=1e-6)
+        else:  # it adds bfloat16 norms, to three digits
+            for q in others:
+                if q.grad is not None:
+                    q.grad.mul_(factor)
+        ours.step()
+        theirs.step()
+        assert_close(params, others)
+        metrics = ours.metrics()
+        assert metrics["grad_norm"].item() == pytest.approx(exact, rel=1e-14)
+        assert metrics["clip_factor"].item() == pytest.approx(factor, rel=1e-14)
+        assert metrics["skipped_steps"].item() == 0
+        for p, grad in zip(params, kept, strict=True):
+            assert (p.grad is None) == (grad is None)
+            if grad is not None:
+                assert torch.equal(p.grad, grad), "gradients stay as they are"  # type: ignore[arg-type]
+
+
+def test_layouts(device: torch.device, backend: Any) -> None:
+    """Gradients in another layout than the param, expanded ones, params with gaps."""
+    params = [
+        Parameter(torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)),
+        Parameter(torch.randn(6, 4, device=device)),
+        Parameter(torch.randn(6, 8, device=device)[:, ::2]),
+        Parameter(torch.randn(3, 3, device=device)),
+    ]
+    others = twin(params)
+    grads = [
+        torch.randn(2, 3, 4, 5, device=device),
+        torch.randn(4, 6, device=device).t(),
+        torch.randn(6, 4, device=device),
+        torch.randn(3, 1, device=device).expand(3, 3),
+    ]
+    ours = FusedAdamW(params, backend=backend, max_grad_norm=1.0)
+    theirs = torch.optim.AdamW(others)
+    for _ in range(2):
+        for p, q, grad in zip(params, others, grads, strict=True):
+            p.grad, q.grad = grad, grad.clone(memory_format=torch.contiguous_format)
+        clip_grad_norm_(others, 1.0)
+        ours.step()
+        theirs.step()
+        assert_close(params, others)
+
+
+@each("size", [1e30, 1e-30, 1e-42])
+def test_norm_neither_overflows_nor_vanishes(
+    device: torch.device, backend: Any, size: float
+) -> None:
+    p = Parameter(torch.zeros(3000, device=device))
+    p.grad = torch.full_like(p, size)
+    optimizer = FusedAdamW([p], backend=backend, max_grad_norm=1.0)
+    optimizer.step()
+    exact = math.sqrt(3000) * float(p.grad[0].double())
+    assert optimizer.metrics()["grad_norm"].item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_norm_over_a_large_range_is_truer_than_torchs() -> None:
+    torch.manual_seed(0)
+    grad = torch.randn(10**7) * torch.exp(3 * torch.randn(10**7))
+    exact = grad.double().norm().item()
+    ours = reference.sum_squares([grad]).sqrt().item()
+    assert abs(ours / exact - 1) <= max(abs(grad.norm().item() / exact - 1), 1e-14)
+
+
+def test_norm_has_the_same_bits_again(device: torch.device, backend: Any) -> None:
+    norms = set()
+    for _ in range(2):
+        torch.manual_seed(3)
+        params = make_params(device, [torch.float32, torch.bfloat16])
+        set_grads(1, params)
+        optimizer = FusedAdamW(params, backend=backend, max_grad_norm=1.0)
+        optimizer.step()
+        norms.add(optimizer.metrics()["grad_norm"].item())
+    assert len(norms) == 1
+
+
+def test_sums_of_more_chunks_than_programs(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(t, "SUMS", 4)
+    params = [Parameter(torch.ones(n, device=device)) for n in (5000, 3, 2048, 1025)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = FusedAdamW(params, backend="triton", max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"].item() == pytest.approx(math.sqrt(8076), rel=1e-14)
+
+
+@each("bad", [math.nan, math.inf, -math.inf])
+@each("place", [0, 5])
+def test_skip_leaves_everything_as_it_is(
+    device: torch.device, backend: Any, bad: float, place: int
+) -> None:
+    params = make_params(device, [torch.float32, torch.bfloat16])
+    optimizer = FusedAdamW(params, backend=backend, skip_nonfinite=True)
+    set_grads(1, params)
+    optimizer.step()
+    before = copy.deepcopy((params, optimizer.state_dict()["state"]))
+    set_grads(2, params)
+    victim = [p for p in params if p.grad is not None and p.numel()][place]
+    assert victim.grad is not None
+    victim.grad[-1] = bad
+    optimizer.step()
+    for p, old in zip(params, before[0], strict=True):
+        assert torch.equal(p, old)
+    state = optimizer.state_dict()["state"]
+    for i, old_state in before[1].items():
+        assert all(torch.equal(state[i][key], x) for key, x in old_state.items())
+    assert optimizer.metrics()["skipped_steps"].item() == 1
+    set_grads(3, params)
+    optimizer.step()
+    assert optimizer.metrics()["skipped_steps"].item() == 1
+    assert not torch.equal(params[4], before[0][4])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter's, of infinity * 0
+@each("bad", [math.nan, math.inf])
+def test_without_skip_clipping_goes_on_as_torch(
+    device: torch.device, backend: Any, bad: float
+) -> None:
+    params = [Parameter(torch.ones(9, device=device)), Parameter(torch.ones(3, device=device))]
+    others = twin(params)
+    for own in (params, others):
+        for p in own:
+            p.grad = torch.ones_like(p)
+        own[0].grad[4] = bad  # type: ignore[index]
+    FusedAdamW(params, backend=backend, max_grad_norm=1.0).step()
+    clip_grad_norm_(others, 1.0)
+    torch.optim.AdamW(others).step()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, equal_nan=True)
+
+
+@each("found", [0.0, 2.0])
+def test_under_grad_scaler(device: torch.device, backend: Any, found: float) -> None:
+    """The norm is that of the unscaled gradients, which are left behind, unclipped."""
+    params = make_params(device, [torch.float32])
+    others = twin(params)
+    optimizer: Any = FusedAdamW(params, backend=backend, max_grad_norm=0.5)
+    theirs = torch.optim.AdamW(others)
+    set_grads(1, params, scale=1024.0)
+    set_grads(1, others)
+    before = twin(params)
+    optimizer.grad_scale = torch.tensor(1024.0, device=device)
+    optimizer.found_inf = torch.tensor(found, device=device)
+    optimizer.step()
+    norm = clip_grad_norm_([q for q in others if q.grad is not None], 0.5)
+    assert optimizer.metrics()["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
+    assert optimizer.metrics()["skipped_steps"].item() == (found != 0)
+    if found:
+        assert_close(params, before)
+        return
+    theirs.step()
+    assert_close(params, others)
+    set_grads(1, others)
+    for p, q in zip(params, others, strict=True):
+        if p.grad is not None:
+            assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
+
+
+def test_changed_between_steps(device: torch.device, backend: Any) -> None:
+    params = make_params(device, [torch.float32])
+    others = twin(params)
+    ours = FusedAdamW(params, backend=backend)
+    theirs = torch.optim.AdamW(others)
+    for step, max_norm in enumerate((None, 0.1, 2.0, None)):
+        ours.max_grad_norm = max_norm
+        set_grads(step, params, others)
+        if max_norm is not None:
+            clip_grad_norm_([q for q in others if q.grad is not None], max_norm)
+        ours.step()
+        theirs.step()
+        assert_close(params, others)
+
+
+def test_off_there_is_nothing_to_launch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    real = Launcher.sum_squares
+
+    def counted(self: Launcher, *arguments: Any) -> Tensor:
+        launched.append(arguments[2])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Launcher, "sum_squares", counted)
+    params = make_params(device, [torch.float32, torch.bfloat16])
+    set_grads(1, params)
+    optimizer = FusedAdamW(params, backend="triton")
+    optimizer.step()
+    assert launched == []
+    assert optimizer.metrics()["skipped_steps"].item() == 0
+    optimizer.skip_nonfinite = True
+    optimizer.step()
+    assert launched == [0], "one launch, whatever the number of tensors and dtypes"
+
+
+def test_copies_keep_the_options_and_checkpoints_leave_them_out(device: torch.device) -> None:
+    p = Parameter(torch.ones(3, device=device))
+    optimizer = FusedAdamW([p], max_grad_norm=0.25, skip_nonfinite=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (other.max_grad_norm, other.skip_nonfinite) == (0.25, True)
+        for q in other.param_groups[0]["params"]:
+            q.grad = torch.ones_like(q)
+        other.step()
+        assert other.metrics()["clip_factor"].item() == pytest.approx(0.25 / math.sqrt(3), rel=1e-4)
+    saved = optimizer.state_dict()
+    assert "max_grad_norm" not in saved["param_groups"][0]
+    torch.optim.AdamW([p]).load_state_dict(saved)
+    optimizer.load_state_dict(saved)
+    assert optimizer.max_grad_norm == 0.25
+
+
+@each("bad", [0, -1.0, math.nan, "one", torch.ones(2)], ids=str)
+def test_bad_norms_are_refused(device: torch.device, bad: Any) -> None:
+    p = Parameter(torch.ones(3, device=device))
+    with pytest.raises(ValueError, match="Invalid max_grad_norm"):
+        FusedAdamW([p], max_grad_norm=bad)
+    optimizer = FusedAdamW([p], max_grad_norm=1.0)
+    p.grad = torch.ones_like(p)
+    optimizer.max_grad_norm = bad
+    with pytest.raises(ValueError, match="Invalid max_grad_norm"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(p, torch.ones_like(p))
+
+
+def test_differentiable_groups_cannot_be_clipped(device: torch.device) -> None:
+    p = Parameter(torch.ones(3, device=device))
+    p.grad = torch.ones_like(p)
+    optimizer = FusedAdamW([p], differentiable=True, skip_nonfinite=True)
+    with pytest.raises(RuntimeError, match="cannot be clipped or skipped"):
+        optimizer.step()
+    assert not optimizer.state
