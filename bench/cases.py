@@ -77,16 +77,17 @@ def count_bytes(
 ) -> int:
     """Bytes that a step must read and write: each stored value once.
 
-    Gradients and moments have the parameter's dtype unless given otherwise. An 8-bit format counts
-    without its scales, 1 to 2 % of its payload.
+    Gradients and moments have the parameter's dtype unless given otherwise. 8-bit moments count
+    with our scales, 1/64 byte each.
     """
     elements: defaultdict[torch.dtype, int] = defaultdict(int)
     for leaf in case.leaves:
         elements[leaf.dtype] += leaf.numel
-    return sum(
+    each = (
         numel * Signature(p, grad or p, moments or p, moments or p, False).bytes_per_element
         for p, numel in elements.items()
     )
+    return round(sum(each))
 
 
 def make(case: Case, device: torch.device) -> list[dict[str, Any]]:

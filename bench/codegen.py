@@ -52,6 +52,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp64": torch.float64,
+    "int8": torch.uint8,
 }
 
 
@@ -294,7 +295,15 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
     return run.stdout
 
 
-_AMD_BITS = {"byte": 8, "ubyte": 8, "short": 16, "ushort": 16, "short_d16": 16, "short_d16_hi": 16}
+_AMD_BITS = {
+    "byte": 8,
+    "ubyte": 8,
+    "short": 16,
+    "ushort": 16,
+    "sshort": 16,
+    "short_d16": 16,
+    "short_d16_hi": 16,
+}
 _AMD_BITS |= {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
