@@ -1,7 +1,6 @@
 """bench/cases.py has the architectures' own shapes, and bench/step.py runs to its end."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -9,24 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import cases
+import machine
+import providers
 import pytest
+import step
+import timing
 import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture(scope="module")
-def cases() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_cases", BENCH / "cases.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -49,13 +41,13 @@ def cases() -> ModuleType:
         pytest.param("1Gi", 1, 1, 2**30, id="1Gi"),
     ],
 )
-def test_totals(cases: ModuleType, name: str, tensors: int, groups: int, numel: int | None) -> None:
+def test_totals(name: str, tensors: int, groups: int, numel: int | None) -> None:
     case = cases.CASES[name]
     assert (case.tensors, len(case.groups)) == (tensors, groups)
     assert numel is None or case.numel == numel
 
 
-def test_names_are_unique(cases: ModuleType) -> None:
+def test_names_are_unique() -> None:
     every = {**cases.CASES, **cases.TINY_CASES}
     assert len(every) == len(cases.CASES) + len(cases.TINY_CASES) == 18
     assert all(name == case.name for name, case in every.items())
@@ -72,21 +64,19 @@ def test_names_are_unique(cases: ModuleType) -> None:
         pytest.param(torch.float32, {"grad": torch.bfloat16}, 26, id="fp32_bf16_grads"),
     ],
 )
-def test_count_bytes(
-    cases: ModuleType, param: torch.dtype, formats: dict[str, torch.dtype], each: int
-) -> None:
+def test_count_bytes(param: torch.dtype, formats: dict[str, torch.dtype], each: int) -> None:
     case = cases.Case("x", (cases.Group((cases.Leaf((3, 5), param), cases.Leaf((), param))),))
     assert cases.count_bytes(case, **formats) == 16 * each
 
 
-def test_count_bytes_of_mixed_formats(cases: ModuleType) -> None:
+def test_count_bytes_of_mixed_formats() -> None:
     case = cases.CASES["llama-1b-mixed"]
     norms = 33 * 2048  # two in each of 16 layers, and the last one
     assert cases.count_bytes(case) == 28 * norms + 14 * (case.numel - norms)
 
 
 @pytest.mark.parametrize("unaligned", [False, True], ids=["aligned", "unaligned"])
-def test_made_as_described(cases: ModuleType, unaligned: bool) -> None:
+def test_made_as_described(unaligned: bool) -> None:
     case = dataclasses.replace(cases.TINY_CASES["tiny-mixed"], unaligned=unaligned)
     groups = cases.make(case, torch.device("cpu"))
     params = [p for group in groups for p in group["params"]]
@@ -108,7 +98,7 @@ def test_made_as_described(cases: ModuleType, unaligned: bool) -> None:
     assert all(bool((grad == i + 1).all()) for i, grad in enumerate(grads))
 
 
-def test_random_everywhere(cases: ModuleType) -> None:
+def test_random_everywhere() -> None:
     for case in cases.TINY_CASES.values():
         for group in cases.make(case, torch.device("cpu")):
             for p in group["params"]:
@@ -160,24 +150,15 @@ def test_step_prints_and_draws(run: tuple[Path, dict[str, Any], str]) -> None:
 
 
 @pytest.fixture
-def step(cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """bench/step.py as a module that finds no GPU."""
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "cases", cases)  # found beside the script otherwise
-    spec = importlib.util.spec_from_file_location("bench_step", BENCH / "step.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
-def test_gradients_are_fresh(cases: ModuleType, step: ModuleType) -> None:
+def test_gradients_are_fresh() -> None:
     """New values in new tensors at the old addresses; one of them elsewhere if so wanted."""
     case = cases.TINY_CASES["tiny-mixed"]
     params = [p for group in cases.make(case, torch.device("cpu")) for p in group["params"]]
-    grads = step.Gradients(case, params, torch.device("cpu"))
+    grads = timing.Gradients(case, params, torch.device("cpu"))
     grads.refresh()
     before, values = [p.grad for p in params], [p.grad.clone() for p in params]
     grads.refresh()
@@ -192,18 +173,18 @@ def test_gradients_are_fresh(cases: ModuleType, step: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_stream_kernel(step: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
-    p, g, m, v = (torch.randn(2 * step.BLOCK, device=device).to(dtype) for _ in range(4))
+def test_stream_kernel(device: torch.device, dtype: torch.dtype) -> None:
+    p, g, m, v = (torch.randn(2 * machine.BLOCK, device=device).to(dtype) for _ in range(4))
     wanted = [(x / 2).to(dtype) for x in (p.float() + g, m.float() - g, v.float() + g)]
     read_only = g.clone()
-    step.stream_kernel()[(2,)](p, g, m, v, BLOCK=step.BLOCK)
+    machine.stream_kernel()[(2,)](p, g, m, v, BLOCK=machine.BLOCK)
     assert torch.equal(g, read_only)
     for x, want in zip((p, m, v), wanted, strict=True):
         assert torch.equal(x, want)  # one rounding, and halves are exact
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_step_reports_a_provider_that_fails(
-    step: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -217,8 +198,8 @@ def test_step_reports_a_provider_that_fails(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(step, "measure_ceilings", lambda _, into, __: into.update(one))
-    monkeypatch.setitem(step.PROVIDERS, "torch-loop", step.Provider(broken))
-    monkeypatch.setitem(step.PROVIDERS, "fused_adamw", step.Provider(too_large))
+    monkeypatch.setitem(providers.PROVIDERS, "torch-loop", providers.Provider(broken))
+    monkeypatch.setitem(providers.PROVIDERS, "fused_adamw", providers.Provider(too_large))
     options = ["--cases", "tiny", "--rounds", "1", "--out", str(tmp_path), "--providers"]
     everyone = "fused_adamw", "torch-fused", "torch-loop", "apex"
     assert step.main([*options, *everyone]) == 0  # too little memory is no failure of ours
@@ -229,7 +210,7 @@ def test_step_reports_a_provider_that_fails(
     assert len(lines["torch-fused"]["wall"]) == len(lines["torch-fused again"]["wall"]) == 1
     assert not lines["torch-loop"]["wall"]
 
-    monkeypatch.setitem(step.PROVIDERS, "fused_adamw", step.Provider(broken))
+    monkeypatch.setitem(providers.PROVIDERS, "fused_adamw", providers.Provider(broken))
     assert step.main([*options, *everyone]) == 1
 
 
