@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "bench" / "gpu.sh"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", str(script), str(tmp_path / "gpu"), "no-such-part step train", "tiny"],
+        ["bash", str(script), str(tmp_path / "gpu"), "no-such-part step train accuracy", "tiny"],
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -230,6 +231,9 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     assert "no part is called no-such-part" in summary
     assert re.search(r"step +exit 0", summary), done.stdout
     assert re.search(r"train +exit 0", summary), done.stdout
+    assert re.search(r"accuracy +exit 0", summary), done.stdout
     files = {path.name for path in (tmp_path / "gpu").iterdir()}
     assert {"step.json", "loss.json", "logs.tar.gz"} <= files
     assert len(files) <= 8  # what the device machine gives back
+    with tarfile.open(tmp_path / "gpu" / "logs.tar.gz") as logs:
+        assert {"./accuracy.log", "./accuracy/accuracy.json"} <= set(logs.getnames())
