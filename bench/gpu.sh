@@ -6,11 +6,13 @@
 #   bash bench/gpu.sh out/gpu                                 # all parts
 #   bash bench/gpu.sh out/gpu "tests sanitizer"               # some
 #   bash bench/gpu.sh out/gpu "step train" "tiny tiny-mixed"  # some cases; runs without a GPU, too
+#   bash bench/gpu.sh out/gpu "" "" 1a2b3c4                   # the commit, in a copy without .git
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES]}")
+out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}")
 parts=${2:-"tests sanitizer step train ncu"}
 cases=${3:-}
+commit=${4:-}
 mkdir -p "$out" && logs=$(mktemp -d)
 export PYTHONUNBUFFERED=1
 python=$(command -v python3)
@@ -41,7 +43,8 @@ for name in $parts; do
         done
         ;;
     # shellcheck disable=SC2086  # the cases are words
-    step) part step 140 "$python" bench/step.py --out "$out" ${cases:+--cases $cases --rounds 2} ;;
+    step) part step 140 "$python" bench/step.py --out "$out" ${commit:+--commit "$commit"} \
+        ${cases:+--cases $cases --rounds 2} ;;
     train) part train 50 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
     ncu)
         part ncu 30 ncu --clock-control none --kernel-name regex:_adamw --launch-count 3 \
