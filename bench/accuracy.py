@@ -362,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--numel", type=int, default=4096, help="elements (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/accuracy"), help="here: %(default)s")
+    parser.add_argument("--commit", help="for a copy of the checkout, where git cannot tell")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.numel < 1:
         parser.error(f"--steps {args.steps} --numel {args.numel}: nothing would be compared")
@@ -374,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     racers |= {
         name: Racer(build, own_in_torch, start, device.device) for name, build in TORCHS.items()
     }
-    facts = describe(device)
+    facts = describe(device, args.commit)
     title = " | ".join(
         value if key == "device" else f"{key} {value}" for key, value in facts.items()
     )

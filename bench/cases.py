@@ -73,9 +73,13 @@ class Case:
 
 
 def count_bytes(
-    case: Case, *, grad: torch.dtype | None = None, moments: torch.dtype | None = None
+    case: Case,
+    *,
+    grad: torch.dtype | None = None,
+    moments: torch.dtype | None = None,
+    clips: bool = False,
 ) -> int:
-    """Bytes that a step must read and write: each stored value once.
+    """Bytes that a step must read and write: each stored value once, gradients twice if it clips.
 
     Gradients and moments have the parameter's dtype unless given otherwise. An 8-bit format counts
     without its scales, 1 to 2 % of its payload.
@@ -84,7 +88,11 @@ def count_bytes(
     for leaf in case.leaves:
         elements[leaf.dtype] += leaf.numel
     return sum(
-        numel * Signature(p, grad or p, moments or p, moments or p, False).bytes_per_element
+        numel
+        * (
+            Signature(p, grad or p, moments or p, moments or p, False).bytes_per_element
+            + clips * (grad or p).itemsize
+        )
         for p, numel in elements.items()
     )
 

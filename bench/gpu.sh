@@ -6,11 +6,13 @@
 #   bash bench/gpu.sh out/gpu                                 # all parts
 #   bash bench/gpu.sh out/gpu "tests sanitizer"               # some
 #   bash bench/gpu.sh out/gpu "step train" "tiny tiny-mixed"  # some cases; runs without a GPU, too
+#   bash bench/gpu.sh out/gpu "" "" 1a2b3c4                   # the commit, in a copy without .git
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES]}")
+out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}")
 parts=${2:-"tests sanitizer step train accuracy ncu"}
 cases=${3:-}
+commit=${4:-}
 mkdir -p "$out" && logs=$(mktemp -d)
 export PYTHONUNBUFFERED=1
 python=$(command -v python3)
@@ -42,19 +44,22 @@ for name in $parts; do
         ;;
     # shellcheck disable=SC2086  # the cases are words
     step)
-        part step 130 "$python" bench/step.py --max-seconds 6 --out "$out" \
-            ${cases:+--cases $cases --rounds 2}
+        part step 130 "$python" bench/step.py --out "$out" --max-seconds 6 \
+            ${commit:+--commit "$commit"} ${cases:+--cases $cases --rounds 2}
         ;;
     train) part train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
     # among the logs: the device machine gives 8 files back
-    accuracy) part accuracy 45 "$python" bench/accuracy.py --out "$logs/accuracy" ${cases:+--steps 10} ;;
+    accuracy)
+        part accuracy 45 "$python" bench/accuracy.py --out "$logs/accuracy" \
+            ${commit:+--commit "$commit"} ${cases:+--steps 10}
+        ;;
     ncu)
         part ncu 25 ncu --clock-control none --kernel-name regex:_adamw --launch-count 3 \
             --section SpeedOfLight --section Occupancy --section LaunchStats --section MemoryWorkloadAnalysis \
             "$python" bench/few_steps.py --numel 16777216
         ;;
-    # not among the parts by default: it would take a third of the time
-    tune) part tune 240 "$python" bench/tune.py --out "$logs/tune" ;;
+    # not among the parts by default: it may take half of the time
+    tune) part tune 240 "$python" bench/tune.py --out "$logs/tune" ${commit:+--commit "$commit"} ;;
     *) echo "no part is called $name" | tee -a "$out/summary.txt" && failed=1 ;;
     esac
 done

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -150,7 +151,19 @@ def count_launches(step: Callable[[], object]) -> tuple[int | None, int | None]:
     return kinds["kernel"] + kinds["gpu_memset"], kinds["gpu_memcpy"]
 
 
-def commit() -> str:
+def count_syncs(step: Callable[[], object]) -> int:
+    """How often torch sees the host wait for the GPU in one step; calls of others it misses."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum(str(x.message).startswith("called a synchronizing") for x in caught)
+
+
+def find_commit() -> str:
     """Commit of this checkout, with a + where files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -163,8 +176,8 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed.stdout else "")
 
 
-def describe(device: Device) -> dict[str, str]:
-    """What the numbers depend on besides the code."""
+def describe(device: Device, commit: str | None = None) -> dict[str, str]:
+    """What the numbers depend on besides the case. commit: where git cannot tell."""
     facts = {"device": f"CPU {platform.machine()}, {torch.get_num_threads()} threads"}
     if device.cuda:
         facts = {"device": torch.cuda.get_device_name(), "driver": "unknown"}
@@ -185,5 +198,5 @@ def describe(device: Device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "python": python,
-        "commit": commit(),
+        "commit": commit or find_commit(),
     }

@@ -11,7 +11,11 @@ import torch
 
 from fused_adamw import FusedAdamW
 
-OURS, FUSED = "fused_adamw", "torch-fused"
+OURS, FUSED, CLIP = "fused_adamw", "torch-fused", "+clip"
+MAX_GRAD_NORM = 1.0  # far below the norm of the cases' gradients: what is read is multiplied, too
+# Norms are one more read of the gradients, so a few cases tell: a small model, 1B parameters in
+# both formats, many tensors.
+CLIP_CASES = ("gpt2", "llama-1b", "llama-1b-bf16", "moe-10000", "tiny", "tiny-mixed")
 LARGEST_ON_CPU = 150_000_000  # elements of the cases that a CPU runs unless they are named
 
 
@@ -23,6 +27,9 @@ class Provider(NamedTuple):
     scratch: int = 0  # copies of all parameters that a step may need
     compiled: bool = False
     small: bool = False  # for cases of at most 500 tensors and 150M elements only
+    cases: Sequence[str] | None = None  # unless the provider is named; None: all
+    clips: bool = False
+    step: Callable[[torch.optim.Optimizer], object] | None = None  # if not optimizer.step
 
 
 class External(NamedTuple):
@@ -34,6 +41,13 @@ class External(NamedTuple):
     moments: torch.dtype | None
 
 
+def clip_and_step(optimizer: torch.optim.Optimizer) -> None:
+    """torch's clipping before torch's step, as training loops have it."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+    optimizer.step()
+
+
 ADAMW = torch.optim.AdamW
 PROVIDERS = {
     OURS: Provider(FusedAdamW),
@@ -42,6 +56,12 @@ PROVIDERS = {
     "torch-loop": Provider(functools.partial(ADAMW, foreach=False), scratch=1, small=True),
     "torch-compiled": Provider(
         functools.partial(ADAMW, foreach=True, capturable=True), compiled=True, small=True
+    ),
+    OURS + CLIP: Provider(
+        functools.partial(FusedAdamW, max_grad_norm=MAX_GRAD_NORM), cases=CLIP_CASES, clips=True
+    ),
+    FUSED + CLIP: Provider(
+        functools.partial(ADAMW, fused=True), cases=CLIP_CASES, clips=True, step=clip_and_step
     ),
 }
 OPT_IN = "torch-compiled"  # compiles for minutes
@@ -83,3 +103,19 @@ def find_providers(
             functools.partial(build, **external.options), moments=external.moments, scratch=1
         )
     return found, missing
+
+
+def entering(
+    providers: dict[str, Provider], case: str, named: Sequence[str] | None
+) -> dict[str, Provider]:
+    """Those that run on a case: of the ones not named, some have a few cases only."""
+    return {
+        name: provider
+        for name, provider in providers.items()
+        if provider.cases is None or case in provider.cases or name in (named or ())
+    }
+
+
+def rival(provider: str) -> str:
+    """Whom a provider is compared with: torch's fused AdamW, which clips if the provider does."""
+    return FUSED + CLIP if CLIP in provider else FUSED

@@ -17,7 +17,10 @@ noise. Before each timed step fresh random gradients are written and the cache i
     TB/s    bytes that the step must move (`count_bytes`) over GPU time, on a CPU over wall time;
             % of a stream of 4 reads and 3 writes an element, measured in the same run
     launches, copies   of a step that finds one gradient moved, by torch's profiler
+    syncs   how often torch sees the host wait for the GPU in a step (`set_sync_debug_mode`)
     x       times as fast as torch's fused AdamW
+    +clip   with the norm of all gradients clipped: ours within the step, torch's fused AdamW behind
+            `clip_grad_norm_`, and these two compared with each other; in some cases, or named
 
 What runs: providers.py on cases.py; how it is timed: timing.py and machine.py; what is told of it:
 summary.py and plots.py.
@@ -29,6 +32,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -38,7 +42,7 @@ import torch
 from cases import CASES, TINY_CASES, Case
 from machine import Device, describe, measure_ceilings
 from plots import draw
-from providers import EXTERNALS, LARGEST_ON_CPU, OURS, PROVIDERS, find_providers
+from providers import EXTERNALS, LARGEST_ON_CPU, OURS, PROVIDERS, entering, find_providers
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
@@ -65,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=8.0,
         help=f"of rounds in a case, beyond the first {LEAST_ROUNDS} (default: %(default)s)",
     )
+    parser.add_argument("--commit", help="for a copy of the checkout, where git cannot tell")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}: nothing would be timed")
@@ -80,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     widest = sum(COLUMNS.values()) + 2 * len(COLUMNS)
     console.width = max(console.width, widest)
-    facts = describe(device)
+    facts = describe(device, args.commit)
     title = " | ".join(
         value if key == "device" else f"{key} {value}" for key, value in facts.items()
     )
@@ -94,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "step.json"
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "bench/step.py", *words])
     ceilings: dict[str, list[float]] = {}
     by_case: dict[str, list[Line]] = {}
     lines: list[Line] = []
@@ -105,14 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(task, description=case.name, completed=index)
             by_case[case.name] = run_case(
                 case,
-                providers,
+                entering(providers, case.name, args.providers),
                 device,
                 args.rounds,
                 args.max_seconds,
                 functools.partial(progress.advance, task),
             )
             lines.extend(by_case[case.name])
-            write(path, facts, ceilings, lines, missing)  # what is known survives a crash
+            write(path, command, facts, ceilings, lines, missing)  # what is known survives a crash
             gc.collect()
             # after an illegal access every CUDA call raises: the table still wants to be printed
             with contextlib.suppress(RuntimeError):
@@ -120,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     torch.cuda.empty_cache()
         with contextlib.suppress(RuntimeError):
             measure_ceilings(device, ceilings, 10)
-    write(path, facts, ceilings, lines, missing)
+    write(path, command, facts, ceilings, lines, missing)
 
     medians = {name: statistics.median(values) for name, values in ceilings.items()}
     measured = (
@@ -153,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = {name: medians[name] for name in ("4R3W fp32", "copy fp32")}
     draw(lines, shown, title, args.out)
     console.print(f"{path}, throughput.png, host.png, memory.png")
-    return 1 if any(line.failed for line in lines if line.provider == OURS) else 0
+    return 1 if any(line.failed for line in lines if line.provider.startswith(OURS)) else 0
 
 
 if __name__ == "__main__":

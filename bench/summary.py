@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from cases import Case, count_bytes
-from providers import FUSED, OURS
+from providers import CLIP, OURS, rival
 from rich.table import Table
 from timing import AGAIN, Line
 
@@ -21,9 +21,16 @@ def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
     return float(low), float(median), float(high)
 
 
-def speedup(line: Line, base: Line | None, what: str) -> float | None:
-    """How many times as fast as `base`: the median of the ratios within rounds."""
-    if base is None or line.problem or base.problem:
+def speedup(line: Line, lines: Sequence[Line], what: str) -> float | None:
+    """How many times as fast as its rival among the lines."""
+    name = line.case, rival(line.provider)
+    base = next((x for x in lines if (x.case, x.provider) == name), None)
+    return None if base is None else times_as_fast(line, base, what)
+
+
+def times_as_fast(line: Line, base: Line, what: str) -> float | None:
+    """The median of the ratios within rounds; None where one of both was not timed."""
+    if line.problem or base.problem:
         return None
     mine, others = getattr(line, what), getattr(base, what)
     return statistics.median(b / a for a, b in zip(mine, others, strict=True)) if mine else None
@@ -47,6 +54,7 @@ COLUMNS = {  # and the least width of each, so that cases line up
     "host us": 9,
     "launches": 8,
     "copies": 6,
+    "syncs": 5,
     "state B": 7,
     "peak B": 7,
     "TB/s": 6,
@@ -68,14 +76,15 @@ def tabulate(case: Case, lines: Sequence[Line], ceiling: float) -> Table:
         f"{case.numel:,} parameters in {case.formats}",
         f"{count_bytes(case) / case.numel:.1f} bytes each to move",
     ]
+    if any(CLIP in line.provider for line in lines):
+        facts.append(f"{count_bytes(case, clips=True) / case.numel:.1f} with {CLIP}")
     title = f"[bold]{case.name}[/]  {', '.join(facts)}{', not aligned' * case.unaligned}"
     table = Table(box=None, title=title, title_justify="left", title_style="", pad_edge=False)
     for column, width in COLUMNS.items():
         side = "left" if column == "provider" else "right"
         table.add_column(column, justify=side, min_width=width, no_wrap=True)  # type: ignore[arg-type]
-    base = next((line for line in lines if line.provider == FUSED), None)
     for line in lines:
-        style = "green" if line.provider.removesuffix(AGAIN) == OURS else ""
+        style = "green" if line.provider.startswith(OURS) else ""
         if line.problem:
             continue
         low, middle, high = percentiles(line.device_times)
@@ -92,28 +101,27 @@ def tabulate(case: Case, lines: Sequence[Line], ceiling: float) -> Table:
             number(statistics.median(line.host) if line.host else None),
             number(line.launches, 0),
             number(line.copies, 0),
+            number(line.syncs, 0),
             number(state),
             number(peak),
             number(line.tbs),
             number(100 * line.tbs / ceiling),
-            number(speedup(line, base, "gpu")),
-            number(speedup(line, base, "wall")),
+            number(speedup(line, lines, "gpu")),
+            number(speedup(line, lines, "wall")),
             style=style,
         )
     return table
 
 
 def means(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
-    """Geometric mean over the cases of how many times as fast as torch's fused each provider is."""
-    base = {line.case: line for line in lines if line.provider == FUSED}
+    """Geometric mean over the cases of how many times as fast as its rival each provider is."""
     found: dict[str, dict[str, float]] = {}
     for provider in dict.fromkeys(line.provider for line in lines):
         for what in "gpu", "wall":
             ratios = [
                 ratio
                 for line in lines
-                if line.provider == provider
-                and (ratio := speedup(line, base.get(line.case), what)) is not None
+                if line.provider == provider and (ratio := speedup(line, lines, what)) is not None
             ]
             if ratios:
                 known = found.setdefault(provider, {})
@@ -138,14 +146,15 @@ def noise(lines: Sequence[Line]) -> list[float]:
 
 def write(
     path: Path,
+    command: str,
     facts: dict[str, str],
     ceilings: dict[str, list[float]],
     lines: Sequence[Line],
     missing: dict[str, str],
 ) -> None:
     """All numbers, times one a round."""
-    base = {line.case: line for line in lines if line.provider == FUSED}
     numbers = {
+        "command": command,
         "machine": facts,
         "ceilings": {name: statistics.median(values) for name, values in ceilings.items()},
         "ceilings_by_round": ceilings,
@@ -161,9 +170,8 @@ def write(
                     if (times := getattr(line, what))
                 },
                 "tbs": line.tbs if line.device_times else None,
-                "times_torch_fused": {
-                    what: speedup(line, base.get(line.case), what) for what in ("gpu", "wall")
-                },
+                "rival": rival(line.provider),
+                "times_rival": {what: speedup(line, lines, what) for what in ("gpu", "wall")},
             }
             for line in lines
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import random
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from cases import Case, count_bytes, gradients, make
-from machine import Device, count_launches
+from machine import Device, count_launches, count_syncs
 from providers import LARGEST_ON_CPU, Provider
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class Line:
     host: list[float] = field(default_factory=list)
     launches: int | None = None
     copies: int | None = None
+    syncs: int | None = None
     state_bytes: int | None = None
     peak_bytes: int | None = None
 
@@ -96,6 +98,8 @@ class Entrant:
         before = device.allocated()
         optimizer = provider.build([dict(group) for group in groups])
         self.step: Callable[[], object] = optimizer.step
+        if provider.step is not None:
+            self.step = functools.partial(provider.step, optimizer)
         if provider.compiled:
             self.step = torch.compile(lambda: optimizer.step())
         for _ in range(WARM_UP):
@@ -112,6 +116,8 @@ class Entrant:
         self.step()
         torch.cuda.synchronize()
         line.peak_bytes = torch.cuda.max_memory_allocated() - before
+        grads.refresh()
+        line.syncs = count_syncs(self.step)
         if device.profiles:
             grads.refresh()
             grads.move_one()
@@ -139,7 +145,13 @@ def enter(
 ) -> tuple[list[tuple[Entrant, Line]], Gradients | None]:
     """Make the case and its optimizers. Who cannot run has the reason in its line."""
     lines.extend(
-        Line(case.name, name, case.tensors, case.numel, count_bytes(case, moments=p.moments))
+        Line(
+            case.name,
+            name,
+            case.tensors,
+            case.numel,
+            count_bytes(case, moments=p.moments, clips=p.clips),
+        )
         for name, p in providers.items()
     )
     of_params = sum(leaf.numel * leaf.dtype.itemsize for leaf in case.leaves)
@@ -174,7 +186,7 @@ def enter(
         entrants.append((entrant, line))
         if len(entrants) == 1:
             again = Line(case.name, name + AGAIN, case.tensors, case.numel, line.bytes_moved)
-            again.launches, again.copies = line.launches, line.copies
+            again.launches, again.copies, again.syncs = line.launches, line.copies, line.syncs
             again.state_bytes, again.peak_bytes = line.state_bytes, line.peak_bytes
             entrants.append((entrant, again))
             lines.insert(lines.index(line) + 1, again)

@@ -45,12 +45,12 @@ import torch
 import triton
 from cases import CASES, TINY_CASES, Case, Group, Leaf, Mi, gradients, make
 from chips import CHIPS, REACHED, Chip, issue_share, predicted_tbs, programs_of_unit
-from machine import Device, commit, describe, measure_ceilings
+from machine import Device, describe, find_commit, measure_ceilings
 from providers import Provider
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from summary import noise, number, percentiles, speedup
+from summary import noise, number, percentiles, times_as_fast
 from timing import Line, run_case
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -362,7 +362,7 @@ def measure(
 def ratio(line: Line, lines: Sequence[Line]) -> float | None:
     """How many times as fast as the default, by the median of the ratios within rounds."""
     base = next(x for x in lines if x.provider == DEFAULT.name)
-    return speedup(line, base, "gpu" if base.gpu else "wall")
+    return times_as_fast(line, base, "gpu" if base.gpu else "wall")
 
 
 def show_measured(
@@ -449,9 +449,9 @@ def own_candidate(text: str) -> Candidate:
     return Candidate(text, changes, "of your own")
 
 
-def show_candidates(candidates: Sequence[Candidate]) -> Table:
+def show_candidates(candidates: Sequence[Candidate], commit: str) -> Table:
     """Names, changes and reasons."""
-    versions = f"Triton {triton.__version__}, torch {torch.__version__}, commit {commit()}"
+    versions = f"Triton {triton.__version__}, torch {torch.__version__}, commit {commit}"
     table = Table(title=versions)
     table.add_column("candidate", no_wrap=True)
     table.add_column("changes", no_wrap=True)
@@ -478,6 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--write", action="store_true", help="keep the fastest in the package")
     parser.add_argument("--out", type=Path, default=Path("out/tune"), help="default: %(default)s")
+    parser.add_argument("--commit", help="for a copy of the checkout, where git cannot tell")
     args = parser.parse_args(argv)
     measured = on_gpu and not args.compile_only and not args.targets
     if args.write and not measured:
@@ -497,7 +498,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(highlight=False)
     console.width = max(console.width, 24 + 58 * len(args.sets))
-    console.print(show_candidates(candidates))
+    commit = args.commit or find_commit()
+    console.print(show_candidates(candidates, commit))
     # an empty cache: what is listed was compiled here and now
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -511,7 +513,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers: dict[str, Any] = {
             "triton": triton.__version__,
             "torch": torch.__version__,
-            "commit": commit(),
+            "commit": commit,
             "candidates": [c._asdict() for c in candidates],
             "compiled": [row.numbers() for row in compiled],
         }
@@ -570,7 +572,7 @@ def tune(
         console.print(show_measured(timed, lines, compiled, tbs))
     best, gains, doubled = choose(by_case, right)
     numbers |= {
-        "machine": describe(device),
+        "machine": describe(device, args.commit),
         "wrong": problems,
         "ceilings": ceilings,
         "lines": [asdict(line) for lines in by_case for line in lines],

@@ -248,7 +248,7 @@ def test_the_gpu_part_runs_to_its_end(
     monkeypatch.setattr(tune, "measure_ceilings", lambda _, into, __: into.update(ceilings))
     chosen = [tune.BY_NAME[name] for name in ("default", "block-2048")]
     monkeypatch.setattr(tune, "choose", lambda *_: (chosen[1], {"default": 1.0}, 0.25))
-    args = argparse.Namespace(rounds=2, max_seconds=60.0, write=True)
+    args = argparse.Namespace(rounds=2, max_seconds=60.0, write=True, commit="1a2b3c4")
     numbers: dict[str, Any] = {}
     console = Console(highlight=False, width=160)
     assert not tune.tune("sm_90", chosen, [], numbers, args, console)
@@ -257,6 +257,7 @@ def test_the_gpu_part_runs_to_its_end(
     assert list(lines) == ["default", "default again", "block-2048"]
     assert all(len(line["wall"]) == 2 and not line["problem"] for line in lines.values())
     assert numbers["wrong"] == {"default": "", "block-2048": ""}
+    assert numbers["machine"]["commit"] == "1a2b3c4"
     assert "chosen: block-2048" in printed
     assert json.loads(file.read_text()) == {
         "default": {},
