@@ -272,7 +272,7 @@ def _read_nvidia(asm: dict[str, Any]) -> _Code:
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S+)", sass, re.MULTILINE)
     code = code[: _end(code, lambda op: op == "BRA")]  # a branch to itself and NOPs pad the end
     # Elements are loaded under their lane's mask, what all lanes share (table, scalars) is not.
-    access = re.findall(r"@%p\d+ (ld|st)\.global[.\w]*?(?:\.v(\d))?\.b(\d+) ", asm["ptx"])
+    access = re.findall(r"@%p\d+ (ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+) ", asm["ptx"])
     widths = [(kind, int(count or 1) * int(bits)) for kind, count, bits in access]
     return _Code(
         registers=used["REG"],
