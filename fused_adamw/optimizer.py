@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -63,9 +64,10 @@ class FusedAdamW(Optimizer):
             their mesh. An attribute, too, as the next one is; no part of the ``state_dict``.
         skip_nonfinite: leave params, moments and steps as they are, on all devices and ranks, in a
             step whose gradients hold NaN or infinity; :meth:`metrics` counts such steps.
-        grad_norm_group: process group whose ranks each hold a part of the plain tensors (FSDP1's
-            flat params, ZeRO-1, pipeline stages). Without one they would be clipped by a norm of
-            their own part.
+        grad_norm_group: process group whose ranks hold parts that tensors do not tell of: plain
+            ones (FSDP1's flat params, ZeRO-1), or a pipeline's stages, also of DTensors. Without
+            one each rank would clip by the norm of its own part. All its ranks have to step, even
+            one that holds nothing. An attribute, too.
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -148,6 +150,13 @@ class FusedAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _OPTIONS}}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedAdamW:
+        """As copy.deepcopy makes it, but for the process group, which is shared."""
+        memo[id(self.grad_norm_group)] = self.grad_norm_group
+        memo[id(self)] = made = self.__class__.__new__(self.__class__)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what load_state_dict, deepcopy or pickle brings; nothing of it is aliased."""
         defaults = state.get("defaults") or self.defaults
@@ -223,6 +232,8 @@ class FusedAdamW(Optimizer):
                 "skip_nonfinite=False."
             )
         self._check_changed_hypers(clipping.max_norm)
+        if found_inf is not None:  # what one rank has found is in the norm of all
+            clipping = clipping._replace(skip_nonfinite=clipping.wanted)
         here = local_grads(planning.flat(self.param_groups))
         plan, seen = self._current_plan(here)
         grads = seen.grads
@@ -251,7 +262,7 @@ class FusedAdamW(Optimizer):
             }
             norms: dict[torch.device, Tensor] = {}
             if clipping.wanted:
-                norms = self._sums(plan, grads, tables, memories)
+                norms = self._sums(plan, grads, tables, memories, found_inf)
             for device, entries in plan.by_device.items():
                 if device in tables:
                     norm = None
@@ -285,13 +296,13 @@ class FusedAdamW(Optimizer):
         """The plan of this step, and its tensors; every check comes before any change."""
         groups, plan = self.param_groups, self._plan
         grads_here = None if here is None else here.grads
-        if plan is not None:
+        if plan is not None and plan.norm_group is self.grad_norm_group:
             followed = planning.follow(plan, groups, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
                 return followed
         grads = grads_here or [p.grad for p in planning.flat(groups)]
-        ranks = [norming.ranks_of(p, self.grad_norm_group) for p in planning.flat(groups)]
+        ranks = norming.ranks_of(planning.flat(groups), self.grad_norm_group)
         meshes = norming.distinct(ranks)
         numbers = [meshes[x] for x in ranks]
         entries = planning.make_entries(groups, grads, self.state, plan, numbers)
@@ -307,7 +318,7 @@ class FusedAdamW(Optimizer):
             )
         stating.init_state(entries.all, self.state, _step_dtype())
         self._plan, seen = planning.make_plan(
-            groups, grads, entries, self.state, on_kernel, grads_here, meshes
+            groups, grads, entries, self.state, on_kernel, grads_here, meshes, self.grad_norm_group
         )
         return self._plan, seen
 
@@ -343,6 +354,7 @@ class FusedAdamW(Optimizer):
         grads: Grads,
         tables: Mapping[torch.device, t.Table],
         memories: Mapping[torch.device, t.Memory],
+        found_inf: Tensor | None,
     ) -> dict[torch.device, Tensor]:
         """Sums of squares of all gradients, as each device of the plan needs them."""
         parts: dict[norming.Ranks, list[Tensor]] = {}
@@ -357,8 +369,9 @@ class FusedAdamW(Optimizer):
                     own.append(reference.sum_squares(g for g in here if g is not None))
         everywhere = list(plan.by_device)
         if not everywhere:  # this rank has nothing to update, but others wait for its part
-            everywhere = [local(planning.flat(self.param_groups)[0]).device]
-        return norming.add_up(parts, everywhere)
+            params = planning.flat(self.param_groups)
+            everywhere = [local(params[0]).device if params else norming.device_of(plan.norm_group)]
+        return norming.add_up(parts, everywhere, plan.norm_group, found_inf)
 
     def _make_metrics(self, devices: Iterable[torch.device]) -> None:
         for device in devices:
@@ -377,7 +390,7 @@ class FusedAdamW(Optimizer):
         Returns 0-dim float64 tensors on the params' device, copies: ``grad_norm``, before clipping
         and unscaled; ``clip_factor``, by which gradients were multiplied; ``skipped_steps``, all
         since construction, for overflows that GradScaler found, too. Nothing waits for the device
-        but who reads them. Zeros before the first such step.
+        but who reads them. Zeros before the first such step, and on a rank with nothing to update.
         """
         kept = next(iter(self._metrics.values()), None)
         values = torch.zeros(t.METRICS, dtype=torch.float64) if kept is None else kept.clone()
