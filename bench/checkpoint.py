@@ -1,9 +1,9 @@
 """Checkpoints of a run on any number of ranks; a kill while saving leaves the last one whole.
 
 torch.distributed.checkpoint writes the data of all ranks first, and then `.metadata`, by a rename:
-a folder that has it is whole. But it writes over what is there, so that who saves into one folder
-again has no checkpoint meanwhile. Each step gets a folder of its own, and the newest whole one is
-what is loaded.
+a folder that has it is whole. But it writes over what is there: a kill while saving into a folder
+once more leaves parts of both steps there, which load without a word (seen with torch 2.13). So
+each step gets a folder of its own, and the newest whole one is what is loaded.
 """
 
 from __future__ import annotations
