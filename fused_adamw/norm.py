@@ -58,7 +58,8 @@ def ranks_of(params: Iterable[Tensor], given: Any) -> list[Ranks]:
     """For each param the ranks over which its squares are added. given: grad_norm_group.
 
     Raises:
-        ValueError: a DTensor whose mesh has some ranks of the given group, but neither all nor one.
+        ValueError: a DTensor whose mesh has some ranks of the given group, but neither all nor one,
+            or does not have this rank, and no group is given.
     """
     known: dict[tuple[Any, ...], Ranks] = {}
     result = []
@@ -74,7 +75,14 @@ def ranks_of(params: Iterable[Tensor], given: Any) -> list[Ranks]:
 
 
 def _ranks_of_sharded(mesh: Any, placements: Sequence[Any], given: Any) -> Ranks:
-    if mesh.get_coordinate() is None:  # it lies on other ranks, all of it
+    own = set(mesh.mesh.flatten().tolist())
+    if mesh.get_coordinate() is None:
+        if given is None:
+            raise ValueError(
+                f"A DTensor lies on ranks {sorted(own)}, of which this is none: it cannot know "
+                "that one's part of the gradient norm. Pass a grad_norm_group that has this rank "
+                "and one of those."
+            )
         return Ranks((), False)
     groups = tuple(
         mesh.get_group(dimension)
@@ -84,7 +92,6 @@ def _ranks_of_sharded(mesh: Any, placements: Sequence[Any], given: Any) -> Ranks
     )
     if given is None:
         return Ranks(groups, False)
-    own = set(mesh.mesh.flatten().tolist())
     all_given = set(torch.distributed.get_process_group_ranks(given))
     if 1 < len(own & all_given) < len(all_given):
         raise ValueError(
@@ -95,12 +102,14 @@ def _ranks_of_sharded(mesh: Any, placements: Sequence[Any], given: Any) -> Ranks
     return Ranks(groups, not all_given <= own)
 
 
-def distinct(ranks: Iterable[Ranks]) -> dict[Ranks, int]:
-    """Numbers for sets of ranks, in the order in which the params have them: alike on each rank."""
+def numbered(
+    params: Sequence[Tensor], wanted: bool, given: Any
+) -> tuple[dict[Ranks, int], list[int]]:
+    """Numbers for the sets of ranks, as the params have them first, and for each param its own."""
+    nowhere = Ranks((), False)
+    ranks = ranks_of(params, given) if wanted else [nowhere] * len(params)
     numbers: dict[Ranks, int] = {}
-    for one in ranks:
-        numbers.setdefault(one, len(numbers))
-    return numbers
+    return numbers, [numbers.setdefault(one, len(numbers)) for one in ranks]
 
 
 def add_up(

@@ -235,7 +235,7 @@ class FusedAdamW(Optimizer):
         if found_inf is not None:  # what one rank has found is in the norm of all
             clipping = clipping._replace(skip_nonfinite=clipping.wanted)
         here = local_grads(planning.flat(self.param_groups))
-        plan, seen = self._current_plan(here)
+        plan, seen = self._current_plan(here, clipping.wanted)
         grads = seen.grads
         if clipping.wanted:
             self._make_metrics(plan.by_device)
@@ -292,19 +292,20 @@ class FusedAdamW(Optimizer):
         for group in differentiable:
             self._run_differentiable(group)
 
-    def _current_plan(self, here: LocalGrads | None = None) -> tuple[Plan, Seen]:
+    def _current_plan(
+        self, here: LocalGrads | None = None, with_norm: bool = False
+    ) -> tuple[Plan, Seen]:
         """The plan of this step, and its tensors; every check comes before any change."""
         groups, plan = self.param_groups, self._plan
+        norm_over = with_norm, self.grad_norm_group
         grads_here = None if here is None else here.grads
-        if plan is not None and plan.norm_group is self.grad_norm_group:
+        if plan is not None and plan.norm_over == norm_over:
             followed = planning.follow(plan, groups, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
                 return followed
         grads = grads_here or [p.grad for p in planning.flat(groups)]
-        ranks = norming.ranks_of(planning.flat(groups), self.grad_norm_group)
-        meshes = norming.distinct(ranks)
-        numbers = [meshes[x] for x in ranks]
+        meshes, numbers = norming.numbered(planning.flat(groups), *norm_over)
         entries = planning.make_entries(groups, grads, self.state, plan, numbers)
         devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
@@ -318,7 +319,7 @@ class FusedAdamW(Optimizer):
             )
         stating.init_state(entries.all, self.state, _step_dtype())
         self._plan, seen = planning.make_plan(
-            groups, grads, entries, self.state, on_kernel, grads_here, meshes, self.grad_norm_group
+            groups, grads, entries, self.state, on_kernel, grads_here, meshes, norm_over
         )
         return self._plan, seen
 
@@ -367,11 +368,11 @@ class FusedAdamW(Optimizer):
                 else:
                     here = [grads[e.place] for e in entries if e.mesh == mesh]
                     own.append(reference.sum_squares(g for g in here if g is not None))
-        everywhere = list(plan.by_device)
+        everywhere, (_, group) = list(plan.by_device), plan.norm_over
         if not everywhere:  # this rank has nothing to update, but others wait for its part
             params = planning.flat(self.param_groups)
-            everywhere = [local(params[0]).device if params else norming.device_of(plan.norm_group)]
-        return norming.add_up(parts, everywhere, plan.norm_group, found_inf)
+            everywhere = [local(params[0]).device if params else norming.device_of(group)]
+        return norming.add_up(parts, everywhere, group, found_inf)
 
     def _make_metrics(self, devices: Iterable[torch.device]) -> None:
         for device in devices:

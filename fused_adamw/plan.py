@@ -109,7 +109,7 @@ class Plan:
     by_device: dict[torch.device, tuple[Entry, ...]]
     tables: dict[torch.device, t.Table]
     meshes: Mapping[Ranks, int]  # numbers of the sets of ranks that hold parts of gradients
-    norm_group: Any  # the grad_norm_group that they were made with
+    norm_over: tuple[bool, Any]  # for which they were made: with a norm or not, its group
 
 
 def flat(groups: Groups) -> list[Tensor]:
@@ -274,7 +274,7 @@ def make_plan(
     on_kernel: Collection[torch.device],
     grads_here: Grads | None,
     meshes: Mapping[Ranks, int],
-    norm_group: Any,
+    norm_over: tuple[bool, Any],
 ) -> tuple[Plan, Seen]:
     """The plan for checked entries whose state is there."""
     by_device: dict[torch.device, list[Entry]] = {}
@@ -300,7 +300,7 @@ def make_plan(
             for device in on_kernel
         },
         meshes=meshes,
-        norm_group=norm_group,
+        norm_over=norm_over,
     )
     return plan, seen
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from ranks import OPTIONS, Net, Whole, backward, fsdp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -106,6 +106,26 @@ def pipeline_stages() -> None:
     optimizer.grad_norm_group = dist.group.WORLD  # a part of which are the ranks of the mesh
     with pytest.raises(ValueError, match="some of these hold parts of it"):
         optimizer.step()
+
+
+def mesh_of_other_ranks() -> None:
+    """A rank that a mesh does not have cannot know the part that lies there, but for a group."""
+    world = init_device_mesh("cpu", (dist.get_world_size(),))
+    first = DeviceMesh("cpu", [0])
+    params = [
+        nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)])) for mesh in (world, first)
+    ]
+    optimizer = FusedAdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.max_grad_norm = 1.0
+    if dist.get_rank():
+        with pytest.raises(ValueError, match="Pass a grad_norm_group that has this rank"):
+            optimizer.step()
+    optimizer.grad_norm_group = dist.group.WORLD
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"].item() == 4.0
 
 
 def group_over_the_mesh_itself() -> None:

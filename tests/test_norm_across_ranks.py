@@ -21,7 +21,8 @@ def test_meshes_of_two_dimensions() -> None:
 
 
 def test_given_group() -> None:
-    on_ranks(4, in_turn, [(ranks.pipeline_stages,), (ranks.group_over_the_mesh_itself,)])
+    scenarios = ranks.pipeline_stages, ranks.mesh_of_other_ranks, ranks.group_over_the_mesh_itself
+    on_ranks(4, in_turn, [(scenario,) for scenario in scenarios])
 
 
 def test_zero_redundancy_optimizer() -> None:
