@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,9 +79,10 @@ class FusedAdamW(Optimizer):
         seed: of the random bits of stochastic rounding and of 8-bit second moments. They depend on
             it, the step, the param's position and the element's in the whole param alone, so
             replicas and shards agree. Loaded with a checkpoint.
-        grad_norm_group: process group whose ranks each hold a part of the plain tensors (FSDP1's
-            flat params, ZeRO-1, pipeline stages). Without one they would be clipped by a norm of
-            their own part.
+        grad_norm_group: process group whose ranks hold parts that tensors do not tell of: plain
+            ones (FSDP1's flat params, ZeRO-1), or a pipeline's stages, also of DTensors. Without
+            one each rank would clip by the norm of its own part. All its ranks have to step, even
+            one that holds nothing. An attribute, too.
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -174,6 +176,13 @@ class FusedAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _OPTIONS}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedAdamW:
+        """As copy.deepcopy makes it, but for the process group, which is shared."""
+        memo[id(self.grad_norm_group)] = self.grad_norm_group
+        memo[id(self)] = made = self.__class__.__new__(self.__class__)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what load_state_dict, deepcopy or pickle brings; nothing of it is aliased."""
@@ -271,8 +280,10 @@ class FusedAdamW(Optimizer):
                 "skip_nonfinite=False."
             )
         self._check_changed_hypers(clipping.max_norm)
+        if found_inf is not None:  # what one rank has found is in the norm of all
+            clipping = clipping._replace(skip_nonfinite=clipping.wanted)
         here = local_grads(flat(self.param_groups))
-        plan, seen = self._current_plan(here)
+        plan, seen = self._current_plan(here, clipping.wanted)
         grads = seen.grads
         if clipping.wanted:
             self._make_metrics(plan.by_device)
@@ -299,7 +310,7 @@ class FusedAdamW(Optimizer):
             }
             norms: dict[torch.device, Tensor] = {}
             if clipping.wanted:
-                norms = self._sums(plan, grads, tables, memories)
+                norms = self._sums(plan, grads, tables, memories, found_inf)
             for device, entries in plan.by_device.items():
                 if device in tables:
                     norm = None
@@ -329,19 +340,20 @@ class FusedAdamW(Optimizer):
         for group in differentiable:
             self._run_differentiable(group)
 
-    def _current_plan(self, here: LocalGrads | None = None) -> tuple[Plan, Seen]:
+    def _current_plan(
+        self, here: LocalGrads | None = None, with_norm: bool = False
+    ) -> tuple[Plan, Seen]:
         """The plan of this step, and its tensors; every check comes before any change."""
         groups, plan = self.param_groups, self._plan
+        norm_over = with_norm, self.grad_norm_group
         grads_here = None if here is None else here.grads
-        if plan is not None:
+        if plan is not None and plan.norm_over == norm_over:
             followed = planning.follow(plan, groups, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
                 return followed
         grads = grads_here or [p.grad for p in flat(groups)]
-        ranks = [norming.ranks_of(p, self.grad_norm_group) for p in flat(groups)]
-        meshes = norming.distinct(ranks)
-        numbers = [meshes[x] for x in ranks]
+        meshes, numbers = norming.numbered(flat(groups), *norm_over)
         entries = planning.make_entries(groups, grads, self.state, plan, numbers)
         devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
@@ -355,7 +367,7 @@ class FusedAdamW(Optimizer):
             )
         stating.init_state(entries.all, self.state, step_dtype())
         self._plan, seen = planning.make_plan(
-            groups, grads, entries, self.state, on_kernel, grads_here, meshes
+            groups, grads, entries, self.state, on_kernel, grads_here, meshes, norm_over
         )
         return self._plan, seen
 
@@ -394,6 +406,7 @@ class FusedAdamW(Optimizer):
         grads: Grads,
         tables: Mapping[torch.device, t.Table],
         memories: Mapping[torch.device, t.Memory],
+        found_inf: Tensor | None,
     ) -> dict[torch.device, Tensor]:
         """Sums of squares of all gradients, as each device of the plan needs them."""
         parts: dict[norming.Ranks, list[Tensor]] = {}
@@ -406,10 +419,11 @@ class FusedAdamW(Optimizer):
                 else:
                     here = [grads[e.place] for e in entries if e.mesh == mesh]
                     own.append(reference.sum_squares(g for g in here if g is not None))
-        everywhere = list(plan.by_device)
+        everywhere, (_, group) = list(plan.by_device), plan.norm_over
         if not everywhere:  # this rank has nothing to update, but others wait for its part
-            everywhere = [local(flat(self.param_groups)[0]).device]
-        return norming.add_up(parts, everywhere)
+            params = flat(self.param_groups)
+            everywhere = [local(params[0]).device if params else norming.device_of(group)]
+        return norming.add_up(parts, everywhere, group, found_inf)
 
     def _make_metrics(self, devices: Iterable[torch.device]) -> None:
         for device in devices:
@@ -428,7 +442,7 @@ class FusedAdamW(Optimizer):
         Returns 0-dim float64 tensors on the params' device, copies: ``grad_norm``, before clipping
         and unscaled; ``clip_factor``, by which gradients were multiplied; ``skipped_steps``, all
         since construction, for overflows that GradScaler found, too. Nothing waits for the device
-        but who reads them. Zeros before the first such step.
+        but who reads them. Zeros before the first such step, and on a rank with nothing to update.
         """
         kept = next(iter(self._metrics.values()), None)
         values = torch.zeros(t.METRICS, dtype=torch.float64) if kept is None else kept.clone()

@@ -117,6 +117,7 @@ class Plan:
     by_device: dict[torch.device, tuple[Entry, ...]]
     tables: dict[torch.device, t.Table]
     meshes: Mapping[Ranks, int]  # numbers of the sets of ranks that hold parts of gradients
+    norm_over: tuple[bool, Any]  # for which they were made: with a norm or not, its group
 
 
 def flat(groups: Groups) -> list[Tensor]:
@@ -289,6 +290,7 @@ def make_plan(
     on_kernel: Collection[torch.device],
     grads_here: Grads | None,
     meshes: Mapping[Ranks, int],
+    norm_over: tuple[bool, Any],
 ) -> tuple[Plan, Seen]:
     """The plan for checked entries whose state is there."""
     by_device: dict[torch.device, list[Entry]] = {}
@@ -314,6 +316,7 @@ def make_plan(
             for device in on_kernel
         },
         meshes=meshes,
+        norm_over=norm_over,
     )
     return plan, seen
 

@@ -81,6 +81,37 @@ def test_never_waits_for_the_device(tensor_lr: bool) -> None:
 
 
 @pytest.mark.usefixtures("no_sync")
+def test_whole_training_never_waits_for_the_device() -> None:
+    """Scaler, norm, clip, skip, schedule, metrics, over an overflow."""
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+    net.cuda()
+    adamw = FusedAdamW(net.parameters(), max_grad_norm=0.01, skip_nonfinite=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(adamw, 0.9)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    good = torch.randn(32, 64, device="cuda")
+    bad = torch.full_like(good, torch.inf)
+
+    def train(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast("cuda", torch.float16):
+            loss = net(x).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(adamw)
+        scaler.update()
+        scheduler.step()
+        adamw.zero_grad()
+        return adamw.metrics()
+
+    train(good)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    seen = [train(bad if i == 2 else good) for i in range(5)]
+    torch.cuda.set_sync_debug_mode("default")
+    assert [float(x["skipped_steps"]) for x in seen] == [0, 0, 1, 1, 1]
+    assert all(0 < float(x["clip_factor"]) < 1 for x in (*seen[:2], *seen[3:]))
+    assert scaler.get_scale() == 2.0
+
+
+@pytest.mark.usefixtures("no_sync")
 def test_skip_without_the_host_knowing() -> None:
     params = make([torch.float32])
     adamw = FusedAdamW(params)
@@ -216,6 +247,72 @@ def test_capture_as_torchs_recipe_has_it() -> None:
     assert_equal_bits(params, twin)
 
 
+@pytest.mark.parametrize(("scaled", "replays"), [(False, 10_000), (True, 2_000)], ids=str)
+def test_a_graph_of_the_whole_training_step_equals_eager(scaled: bool, replays: int) -> None:
+    """Forward, backward, scaler, clip, skip, a changing lr: bit for bit, over NaNs, too.
+
+    No matrix product: cuBLAS may choose other kernels in a capture, and so other bits.
+    """
+
+    class Run:
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.params = [torch.nn.Parameter(torch.randn(64, device="cuda")) for _ in range(2)]
+            self.lr = torch.tensor(0.01, device="cuda")
+            self.x = torch.randn(16, 64, device="cuda")
+            self.optimizer = FusedAdamW(
+                self.params, self.lr, max_grad_norm=0.5, skip_nonfinite=True
+            )
+            # as many steps to grow after as there are good ones between two overflows
+            self.scaler = torch.amp.GradScaler("cuda", 8.0, growth_interval=7, enabled=scaled)
+
+        def step(self) -> None:
+            self.optimizer.zero_grad()
+            loss = ((self.x * self.params[0]).tanh() * self.params[1]).sum(1).square().mean()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    captured, eager = Run(), Run()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    eager.step()
+    captured.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    batches = torch.randn(8, 16, 64, device="cuda")
+    batches[5, 3, 2] = torch.inf
+    for i in range(replays):
+        for run in (captured, eager):
+            run.x.copy_(batches[i % 8])
+            run.lr.fill_(0.01 / (1 + i % 10))
+        graph.replay()
+        eager.step()
+    assert_equal_bits(captured.params, eager.params)
+    for key, x in captured.optimizer.metrics().items():
+        assert torch.equal(x, eager.optimizer.metrics()[key]), key
+    assert float(eager.optimizer.metrics()["skipped_steps"]) == replays // 8
+    assert captured.scaler.get_scale() == eager.scaler.get_scale()
+
+
+def test_clipping_wants_a_step_with_it_before_the_capture() -> None:
+    params = make([torch.float32])
+    adamw = FusedAdamW(params)
+    adamw.step()
+    before = clones(params)
+    adamw.max_grad_norm = 1.0
+    with (
+        pytest.raises(RuntimeError, match="metrics have no memory"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        adamw.step()
+    assert_equal_bits(params, before)
+
+
 def test_a_graph_outlives_the_plan_it_was_captured_with() -> None:
     # a gradient of another layout is copied in the graph; a new plan must not free that copy
     p, late = (torch.nn.Parameter(torch.randn(64, 33, device="cuda")) for _ in range(2))
@@ -320,3 +417,22 @@ def test_two_devices_in_one_optimizer() -> None:
     torch.optim.AdamW(twin, fused=True).step()
     for p, q in zip(params, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_what_one_device_finds_skips_the_step_on_both(scaled: bool) -> None:
+    params = [torch.nn.Parameter(torch.ones(1000, device=f"cuda:{i}")) for i in range(2)]
+    adamw = FusedAdamW(params, max_grad_norm=1.0, skip_nonfinite=not scaled)
+    scaler = torch.amp.GradScaler("cuda", 4.0, enabled=scaled)
+    for overflow in (False, True):
+        before = clones(params)
+        new_grads(params)
+        if overflow:
+            params[1].grad[-1] = torch.inf  # type: ignore[index]
+        scaler.scale(torch.zeros((), device="cuda:0"))
+        scaler.step(adamw)
+        scaler.update()
+        unchanged = [torch.equal(p, q) for p, q in zip(params, before, strict=True)]
+        assert unchanged == [overflow] * 2
+    assert float(adamw.metrics()["skipped_steps"]) == 1
