@@ -345,6 +345,19 @@ class FusedAdamW(Optimizer):
         memories: Mapping[torch.device, t.Memory],
     ) -> dict[torch.device, Tensor]:
         """Sums of squares of all gradients, as each device of the plan needs them."""
+        everywhere = list(plan.by_device)
+        if not everywhere:  # this rank has nothing to update, but others wait for its part
+            everywhere = [local(planning.flat(self.param_groups)[0]).device]
+        return norming.add_up(self._own_sums(plan, grads, tables, memories), everywhere)
+
+    def _own_sums(
+        self,
+        plan: Plan,
+        grads: Grads,
+        tables: Mapping[torch.device, t.Table],
+        memories: Mapping[torch.device, t.Memory],
+    ) -> dict[norming.Ranks, list[Tensor]]:
+        """This rank's sums of squares, one a device, for each set of ranks that adds them up."""
         parts: dict[norming.Ranks, list[Tensor]] = {}
         for ranks, mesh in plan.meshes.items():
             own = parts[ranks] = []
@@ -355,10 +368,7 @@ class FusedAdamW(Optimizer):
                 else:
                     here = [grads[e.place] for e in entries if e.mesh == mesh]
                     own.append(reference.sum_squares(g for g in here if g is not None))
-        everywhere = list(plan.by_device)
-        if not everywhere:  # this rank has nothing to update, but others wait for its part
-            everywhere = [local(planning.flat(self.param_groups)[0]).device]
-        return norming.add_up(parts, everywhere)
+        return parts
 
     def _make_metrics(self, devices: Iterable[torch.device]) -> None:
         for device in devices:
