@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .layouts import overlaps_itself
 from .norm import Clipping, check_clipping
 from .plan import Entry, Grads, Plan, Seen
 from .shards import LocalGrads, as_param, local, local_grads, local_state
+
+if TYPE_CHECKING:
+    from .release import GradientRelease
 
 Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
@@ -75,6 +78,8 @@ class FusedAdamW(Optimizer):
     Source: Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_.
     """
+
+    _release: GradientRelease | None = None  # belongs to no copy: deepcopy and pickle leave it out
 
     def __init__(
         self,
@@ -198,6 +203,9 @@ class FusedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._release is not None:
+            self._release.finish()
+            return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._update()
         return loss
@@ -357,7 +365,7 @@ class FusedAdamW(Optimizer):
         tables: Mapping[torch.device, t.Table],
         memories: Mapping[torch.device, t.Memory],
     ) -> dict[norming.Ranks, list[Tensor]]:
-        """This rank's sums of squares, one a device, for each set of ranks that adds them up."""
+        """Sums of squares on this rank, one a device, by the set of ranks that adds them up."""
         parts: dict[norming.Ranks, list[Tensor]] = {}
         for ranks, mesh in plan.meshes.items():
             own = parts[ranks] = []
