@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -149,8 +149,7 @@ class GradientRelease:
             for bucket in self._buckets:
                 if any(p.grad is not None for p in bucket.params):
                     self._update(bucket)
-            if self._clips:
-                self._add_up_norm()
+            self._last_sums = {} if self._optimizer.max_grad_norm is None else self._add_up()
             self._filling.clear()
             self._seen.clear()
             self._done.clear()
@@ -224,7 +223,7 @@ class GradientRelease:
         if bucket.part is None:
             bucket.part = _Part(self._optimizer, [self._places[p] for p in bucket.params])
         bucket.part.update(self._optimizer, self._last_sums)
-        self._done.update(bucket.params)
+        self._done.update(p for p in bucket.params if p.grad is not None)
         for p in bucket.params:
             p.grad = None
 
@@ -306,30 +305,25 @@ class GradientRelease:
             )
         return None
 
-    @property
-    def _clips(self) -> bool:
-        return self._optimizer.max_grad_norm is not None
-
-    def _add_up_norm(self) -> None:
-        """From the buckets of this iteration the norm that clips the next one; as `_sums` does."""
+    def _add_up(self) -> Sums:
+        """Of this iteration's buckets the squares that clip the next; on all ranks, as `_sums`."""
         params = flat(self._optimizer.param_groups)
         plain = self._optimizer.grad_norm_group
         parts: dict[norming.Ranks, list[Tensor]] = {
             ranks: [] for ranks in norming.distinct(norming.ranks_of(p, plain) for p in params)
         }
-        for part in self._parts():
-            for ranks, sums in part.own_sums.items():
-                parts[ranks] += sums
-            part.own_sums = {}
+        for bucket in self._buckets:
+            if bucket.part is not None:
+                for ranks, own in bucket.part.own_sums.items():
+                    parts[ranks] += own
+                bucket.part.own_sums = {}
         devices = list(dict.fromkeys(local(p).device for p in params))
         # cloned: they may lie where the next step writes its own before it reads these
-        self._last_sums = {d: x.clone() for d, x in norming.add_up(parts, devices).items()}
+        sums = {d: x.clone() for d, x in norming.add_up(parts, devices).items()}
         self._optimizer._make_metrics(devices)
-        for device, total in self._last_sums.items():
+        for device, total in sums.items():
             self._optimizer._metrics[device][t.NORM] = total.sum().sqrt()
-
-    def _parts(self) -> Iterator[_Part]:
-        return (bucket.part for bucket in self._buckets if bucket.part is not None)
+        return sums
 
     def _name(self, p: Tensor) -> str:
         number, position = self._places[p]

@@ -453,6 +453,7 @@ def test_a_param_that_left_arrives_first(device: torch.device) -> None:
     p, q = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
     optimizer = FusedAdamW([p, q])
     release_gradients(optimizer, 1)
+    q.register_post_accumulate_grad_hook(lambda _: None)  # another one comes after ours
     optimizer.param_groups[0]["params"].pop()
     for x in (q, p):
         x.grad = torch.ones_like(x)
@@ -575,6 +576,10 @@ def test_clip_by_last_norm(device: torch.device, backend: Any, bucket_bytes: int
         assert metrics["clip_factor"].item() == pytest.approx(factor, rel=1e-5)
         assert metrics["skipped_steps"].item() == 0
     assert factor < 1
+    for max_norm in (None, 0.01):  # the step before was not measured
+        released.max_grad_norm = max_norm
+        train(released, net, [6])
+    assert released.metrics()["clip_factor"] == 1
 
 
 @needs_gloo
