@@ -48,7 +48,7 @@ def programs_of_unit(chip: Chip, registers: int, shared: int, num_warps: int) ->
     return min(warps // num_warps, by_shared, chip.programs)
 
 
-def issue_share(chip: Chip, instructions: float, bytes_moved: int, tbs: float) -> float:
+def issue_share(chip: Chip, instructions: float, bytes_moved: float, tbs: float) -> float:
     """Part of all issue slots that elements take at that bandwidth; beyond 1 it is not reached.
 
     `instructions` and `bytes_moved` are those of an element.
@@ -57,6 +57,6 @@ def issue_share(chip: Chip, instructions: float, bytes_moved: int, tbs: float) -
     return instructions / (budget * bytes_moved)
 
 
-def predicted_tbs(chip: Chip, instructions: float, bytes_moved: int, tbs: float) -> float:
+def predicted_tbs(chip: Chip, instructions: float, bytes_moved: float, tbs: float) -> float:
     """TB/s where memory gives `tbs`: that, or what the issue slots let through."""
     return tbs / max(1.0, issue_share(chip, instructions, bytes_moved, tbs))

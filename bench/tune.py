@@ -163,7 +163,7 @@ class Compiled(NamedTuple):
         return CHIPS.get(self.target)
 
     @property
-    def bytes_moved(self) -> int | None:
+    def bytes_moved(self) -> float | None:
         """Of an element, where all have the same signature."""
         signatures = codegen.SETS[self.set].signatures
         return signatures[0].bytes_per_element if len(signatures) == 1 else None

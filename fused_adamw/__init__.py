@@ -2,6 +2,7 @@
 
 from .convert import convert_to_bf16_
 from .optimizer import FusedAdamW
+from .release import release_gradients
 
-__all__ = ["FusedAdamW", "convert_to_bf16_"]
+__all__ = ["FusedAdamW", "convert_to_bf16_", "release_gradients"]
 __version__ = "0.1.0"

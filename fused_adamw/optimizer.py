@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from .norm import Clipping, check_clipping
 from .plan import Entry, Grads, Plan, Seen, flat
 from .shards import LocalGrads, as_param, local, local_grads, local_state, place_of
 from .storage import StateDtype
+
+if TYPE_CHECKING:
+    from .release import GradientRelease
 
 Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
@@ -92,6 +95,8 @@ class FusedAdamW(Optimizer):
     Source: Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_.
     """
+
+    _release: GradientRelease | None = None  # belongs to no copy: deepcopy and pickle leave it out
 
     def __init__(
         self,
@@ -255,6 +260,9 @@ class FusedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._release is not None:
+            self._release.finish()
+            return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._update()
         return loss
@@ -409,6 +417,21 @@ class FusedAdamW(Optimizer):
         found_inf: Tensor | None,
     ) -> dict[torch.device, Tensor]:
         """Sums of squares of all gradients, as each device of the plan needs them."""
+        everywhere, (_, group) = list(plan.by_device), plan.norm_over
+        if not everywhere:  # this rank has nothing to update, but others wait for its part
+            params = flat(self.param_groups)
+            everywhere = [local(params[0]).device if params else norming.device_of(group)]
+        parts = self._own_sums(plan, grads, tables, memories)
+        return norming.add_up(parts, everywhere, group, found_inf)
+
+    def _own_sums(
+        self,
+        plan: Plan,
+        grads: Grads,
+        tables: Mapping[torch.device, t.Table],
+        memories: Mapping[torch.device, t.Memory],
+    ) -> dict[norming.Ranks, list[Tensor]]:
+        """Sums of squares on this rank, one a device, by the set of ranks that adds them up."""
         parts: dict[norming.Ranks, list[Tensor]] = {}
         for ranks, mesh in plan.meshes.items():
             own = parts[ranks] = []
@@ -419,11 +442,7 @@ class FusedAdamW(Optimizer):
                 else:
                     here = [grads[e.place] for e in entries if e.mesh == mesh]
                     own.append(reference.sum_squares(g for g in here if g is not None))
-        everywhere, (_, group) = list(plan.by_device), plan.norm_over
-        if not everywhere:  # this rank has nothing to update, but others wait for its part
-            params = flat(self.param_groups)
-            everywhere = [local(params[0]).device if params else norming.device_of(group)]
-        return norming.add_up(parts, everywhere, group, found_inf)
+        return parts
 
     def _make_metrics(self, devices: Iterable[torch.device]) -> None:
         for device in devices:
@@ -481,6 +500,8 @@ class FusedAdamW(Optimizer):
                     x = local(x)
                     sizes[f"{what} {str(x.dtype).removeprefix('torch.')}"] += x.nbytes
         sizes["tables"] = sum(launcher.nbytes for launcher in self._launchers.values())
+        if self._release is not None:
+            sizes["tables"] += self._release.nbytes
         return dict(sizes)
 
     def __repr__(self) -> str:
@@ -539,7 +560,7 @@ class FusedAdamW(Optimizer):
                 )
                 continue
             seed = self.param_groups[e.group].get("seed", 0)
-            keys = formats.random_keys(seed, int(step), e.place)
+            keys = formats.random_keys(seed, int(step), e.position)
             reference.adamw_stored(
                 param,
                 grad,

@@ -45,6 +45,7 @@ class Entry(NamedTuple):
     """A parameter that has a gradient, or had one in an earlier step."""
 
     place: int  # in the list of all params, one group after the other
+    position: int  # the same, but in a bucket of release.py that in the whole optimizer
     group: int
     name: str  # for messages
     param: Tensor  # as the optimizer and its state know it
@@ -236,6 +237,7 @@ def make_entries(
             if group["differentiable"] or (grad is None and not kept):
                 continue
             name = param_name(group, number, position)
+            at = group["positions"][position] if "positions" in group else place
             here = local(p)
             check_tensors(name, here, grad, local_state(kept))
             storing.check_storage(name, here, group)
@@ -251,7 +253,9 @@ def make_entries(
                 ):
                     layout = known[place][1]
             mesh = meshes[place] if meshes else 0
-            entries.append(Entry(place, number, name, p, here, storage, layout, None, None, mesh))
+            entries.append(
+                Entry(place, at, number, name, p, here, storage, layout, None, None, mesh)
+            )
     return Entries.of([_with_copies(e) for e in entries])
 
 
@@ -378,7 +382,7 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         exp_avg_scale=at.get("exp_avg_scale", 0),
         exp_avg_sq_scale=at.get("exp_avg_sq_scale", 0),
         max_exp_avg_sq_scale=at.get("max_exp_avg_sq_scale", 0),
-        position=e.place,
+        position=e.position,
         first=place.first,
         inner=place.inner,
         inner_whole=place.inner_whole,

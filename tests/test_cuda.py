@@ -8,7 +8,7 @@ import pytest
 import torch
 from truth import TrueAdamW, assert_as_true_as_torch
 
-from fused_adamw import FusedAdamW
+from fused_adamw import FusedAdamW, release_gradients
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -380,6 +380,63 @@ def test_two_streams() -> None:
             ours.step()
         torch.cuda.current_stream().wait_stream(stream)
         expected.step()
+    assert_equal_bits(params, twin)
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_released_gradients_free_their_memory_without_a_wait() -> None:
+    nets = [
+        torch.nn.Sequential(
+            *[torch.nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(8)]
+        )
+        for _ in range(2)
+    ]
+    nets[1].load_state_dict(nets[0].state_dict())
+    released, plain = (FusedAdamW(net.parameters()) for net in nets)
+    layer = 4 * 1024 * 1024
+    release_gradients(released, layer)
+    x = torch.randn(4, 1024, device="cuda")
+    peaks = []
+    for net, optimizer in zip(nets, (released, plain), strict=True):
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            loss.backward()
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] < 3 * layer
+    assert peaks[1] >= 8 * layer
+    assert_equal_bits(list(nets[0].parameters()), list(nets[1].parameters()))
+
+
+def test_released_gradients_that_arrive_on_two_streams() -> None:
+    # FSDP2 runs hooks itself, on its communication streams
+    p, q = params = [torch.nn.Parameter(torch.randn(1000, device="cuda")) for _ in range(2)]
+    twin = clones(params)
+    released, plain = FusedAdamW(params), FusedAdamW(twin)
+    release = release_gradients(released, 2 * 4000)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(4):
+        for x, other, stream in zip((p, q), twin, streams, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10**7 if x is p else 0)
+                x.grad = torch.randn_like(x)
+                other.grad = x.grad.clone()
+                for hook in x._post_accumulate_grad_hooks.values():  # type: ignore[attr-defined]
+                    hook(x)
+                assert (x.grad is None) == (x is q)
+        assert p.grad is None
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        released.step()
+        plain.step()
+    assert len(release.buckets) == 1
     assert_equal_bits(params, twin)
 
 
