@@ -63,11 +63,11 @@ def test_names_are_unique() -> None:
         pytest.param(torch.float32, {}, 28, id="fp32"),
         pytest.param(torch.bfloat16, {"moments": torch.float32}, 22, id="bf16_fp32_moments"),
         pytest.param(torch.bfloat16, {}, 14, id="bf16"),
-        pytest.param(torch.bfloat16, {"moments": torch.uint8}, 10, id="bf16_8_bit_moments"),
+        pytest.param(torch.bfloat16, {"moments": torch.uint8}, 10.0625, id="bf16_8_bit_moments"),
         pytest.param(torch.float32, {"grad": torch.bfloat16}, 26, id="fp32_bf16_grads"),
     ],
 )
-def test_count_bytes(param: torch.dtype, formats: dict[str, torch.dtype], each: int) -> None:
+def test_count_bytes(param: torch.dtype, formats: dict[str, torch.dtype], each: float) -> None:
     case = cases.Case("x", (cases.Group((cases.Leaf((3, 5), param), cases.Leaf((), param))),))
     assert cases.count_bytes(case, **formats) == 16 * each
 
