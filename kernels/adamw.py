@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import table as t
 from .columns import (
@@ -14,6 +15,7 @@ from .columns import (
     GRAD_FACTOR,
     GROUP_WORDS,
     L2,
+    MEASURES,
     NEG_STEP_SIZE,
     RSQRT_BIAS2,
     SCALARS,
@@ -29,6 +31,9 @@ _EXP_AVG_SQ = tl.constexpr(t.EXP_AVG_SQ)
 _MAX_EXP_AVG_SQ = tl.constexpr(t.MAX_EXP_AVG_SQ)
 _NUMEL = tl.constexpr(t.NUMEL)
 _SIGNATURE = tl.constexpr(t.SIGNATURE)
+_ADDED_SQUARES = tl.constexpr(t.ADDED_SQUARES)
+_ADDED = tl.constexpr(t.ADDED)
+_LOST = tl.constexpr(t.LOST)
 
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
 
@@ -67,7 +72,10 @@ def _adamw_update(
     p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2,
     AMSGRAD: tl.constexpr, EXACT: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """One AdamW update of values in the compute dtype; the scalars are schedule.py's."""
+    """One AdamW update of values in the compute dtype; the scalars are schedule.py's.
+
+    The last value is what was added to p, before any rounding to p's own spacing.
+    """
     g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
     m = _average(m, g, w1, g - m)
     # An overflowed second moment counts as the largest number: inf - inf would be NaN. It still is
@@ -79,9 +87,30 @@ def _adamw_update(
         d = _sqrt(v_max, EXACT) * rsqrt_bias2 + eps
     else:
         d = _sqrt(v, EXACT) * rsqrt_bias2 + eps
-    p = tl.where(decay != 0, tl.fma(p, decay, p), p)
-    p = tl.fma(neg_step_size, _quotient(m, d, EXACT), p)
-    return p, m, v, v_max
+    decayed = tl.where(decay != 0, tl.fma(p, decay, p), p)
+    quotient = _quotient(m, d, EXACT)
+    added = tl.fma(neg_step_size, quotient, tl.where(decay != 0, p * decay, 0))
+    p = tl.fma(neg_step_size, quotient, decayed)
+    return p, m, v, v_max, added
+
+
+@triton.jit
+def _measure(added, old, kept, mask):
+    """Sums over a block, float32 [MEASURES]; kept: the param as it is read in the next step.
+
+    Squares are float32: those of numbers below 1e-22 vanish, above 1e19 they are infinite.
+    """
+    added = tl.where(mask, added, 0)
+    moves = added != 0
+    lost = moves & (kept == old)
+    kept = tl.where(mask, kept, 0)
+    counts = tl.sum(moves.to(tl.int32) + (lost.to(tl.int32) << 16), axis=0)  # blocks are smaller
+    column = tl.arange(0, MEASURES)
+    counted = tl.where(column == _LOST, counts >> 16, counts & 0xFFFF).to(tl.float32)
+    squares = tl.where(
+        column == _ADDED_SQUARES, tl.sum(added * added, axis=0), tl.sum(kept * kept, axis=0)
+    )
+    return tl.where(column < _ADDED, squares.to(tl.float32), counted)
 
 
 @triton.jit
@@ -118,12 +147,14 @@ def _block(
     AMSGRAD: tl.constexpr,
     ALIGNED: tl.constexpr,  # then first is 0
     STORE_GRAD: tl.constexpr,
+    MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
+    """Update part of a block; its measures, which are 0 where they are not wanted."""
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     # made in here: a lane shared by both paths goes through shared memory from layout to layout
     lane = tl.arange(0, BLOCK)
@@ -146,7 +177,8 @@ def _block(
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
         unscaled = (g * tl.load(scalars + UNSCALE)).to(GRAD)
         _store(g_at, unscaled, mask, STORE_CACHE, EVICTION)
-    p, m, v, v_max = _adamw_update(
+    old = p
+    p, m, v, v_max, added = _adamw_update(
         p,
         g * tl.load(scalars + GRAD_FACTOR),
         m,
@@ -163,20 +195,27 @@ def _block(
         EXACT,
         1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38,
     )
-    _store(p_at, p.to(PARAM), mask, STORE_CACHE, EVICTION)
+    kept = p.to(PARAM)
+    _store(p_at, kept, mask, STORE_CACHE, EVICTION)
     _store(m_at, m.to(EXP_AVG), mask, STORE_CACHE, EVICTION)
     _store(v_at, v.to(EXP_AVG_SQ), mask, STORE_CACHE, EVICTION)
     if AMSGRAD:
         _store(v_max_at, v_max.to(EXP_AVG_SQ), mask, STORE_CACHE, EVICTION)
+    measures = tl.zeros([MEASURES], tl.float32)
+    if MEASURE:
+        measures = _measure(added, old, kept.to(COMPUTE), mask)
+    return measures
 
 
 @triton.jit
 def _dispatch(
     tensor, grad, scalars, scalars64, index, start, numel,
-    SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr, EVICTION: tl.constexpr,
+    SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
+    measures = tl.zeros([MEASURES], tl.float32)
     addresses = tl.load(tensor + _PARAM) | tl.load(tensor + _EXP_AVG) | grad
     addresses |= tl.load(tensor + _EXP_AVG_SQ) | tl.load(tensor + _MAX_EXP_AVG_SQ)
     size = tl.minimum(numel - start, BLOCK).to(tl.int32)
@@ -192,19 +231,20 @@ def _dispatch(
             else:
                 row = scalars + index * SCALARS
             if vectors > 0:
-                _block(
+                measures += _block(
                     tensor, grad, row, start, 0, vectors,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
-                    SIGNATURES[i][4], True, STORE_GRAD, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE,
-                    EVICTION,
+                    SIGNATURES[i][4], True, STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE,
+                    STORE_CACHE, EVICTION,
                 )  # fmt: skip
             if vectors < size:
-                _block(
+                measures += _block(
                     tensor, grad, row, start, vectors, size,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
-                    SIGNATURES[i][4], False, STORE_GRAD, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE,
-                    EVICTION,
+                    SIGNATURES[i][4], False, STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE,
+                    STORE_CACHE, EVICTION,
                 )  # fmt: skip
+    return measures
 
 
 @triton.jit(do_not_specialize=["n_groups", "n_tensors", "blocks_per_chunk"])
@@ -212,6 +252,7 @@ def _adamw(
     words,  # int64 [n_words]: see table.py
     scalars,  # float32 [n_tensors, SCALARS]
     scalars64,  # float64, the same
+    rows,  # float32 [n_programs, MEASURES], written where a program updates; or None
     n_groups,
     n_tensors,
     blocks_per_chunk,
@@ -240,13 +281,16 @@ def _adamw(
     if (start >= numel) | (grad == 0) | (active == 0):
         return
 
+    measures = tl.zeros([MEASURES], tl.float32)
     for _ in range(BLOCKS):
         if start < numel:
-            _dispatch(
+            measures += _dispatch(
                 tensor, grad, scalars, scalars64, index, start, numel, SIGNATURES, STORE_GRAD,
-                BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
+                rows is not None, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
             )  # fmt: skip
         start += BLOCK
+    if rows is not None:
+        tl.store(rows + program.to(tl.int64) * MEASURES + tl.arange(0, MEASURES), measures)
 
 
 def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[object, ...], ...]:
@@ -254,7 +298,9 @@ def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[obj
     return tuple((*(_TRITON_DTYPES[d] for d in s[:4]), s.amsgrad) for s in signatures)
 
 
-def launch_options(table: t.Table, device: torch.device, store_grad: bool) -> dict[str, int | bool]:
+def launch_options(
+    table: t.Table, device: torch.device, store_grad: bool, measure: bool
+) -> dict[str, int | bool]:
     """Options of the launch.
 
     64 registers let 8 programs share a multiprocessor: for several dtypes ptxas takes up to 72
@@ -264,7 +310,8 @@ def launch_options(table: t.Table, device: torch.device, store_grad: bool) -> di
     """
     mixed = len({dtype for s in table.signatures for dtype in s[:4]}) > 1
     nvidia = device.type == "cuda" and torch.version.hip is None
-    cap = nvidia and mixed and not table.float64 and not store_grad and table.parameters.maxnreg
+    plain = not (table.float64 or store_grad or measure)
+    cap = nvidia and mixed and plain and table.parameters.maxnreg
     return {
         "num_warps": table.parameters.num_warps,
         "enable_fp_fusion": False,
@@ -272,31 +319,35 @@ def launch_options(table: t.Table, device: torch.device, store_grad: bool) -> di
     }
 
 
-def adamw(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
+def adamw(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None = None) -> None:
     """Update every tensor of the table whose gradient is present; `schedule` must have run.
 
     Moves `Signature.bytes_per_element` an element, and one write more of the gradient with
-    `store_grad`, which leaves unscaled gradients behind.
+    `store_grad`, which leaves unscaled gradients behind. rows: float32 [n_programs, MEASURES], in
+    which each program that updates leaves its sums, 16 bytes written for 1,024 elements; or None.
     """
     if table.n_programs:
-        arguments, options = _call(table, memory, store_grad)
+        arguments, options = _call(table, memory, store_grad, rows)
         _adamw[(table.n_programs,)](*arguments, **options)
 
 
-def compile_for(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
+def compile_for(
+    table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None = None
+) -> None:
     """Compile what `adamw` will launch, so that it fails before the schedule has counted a step."""
     if isinstance(_adamw, triton.runtime.JITFunction):  # the interpreter compiles nothing
-        arguments, options = _call(table, memory, store_grad)
+        arguments, options = _call(table, memory, store_grad, rows)
         _adamw.warmup(*arguments, grid=(1,), **options)
 
 
 def _call(
-    table: t.Table, memory: t.Memory, store_grad: bool
+    table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     arguments = (
         memory.words,
         memory.scalars,
         memory.scalars64,
+        rows,
         table.n_groups,
         table.n_tensors,
         table.blocks_per_chunk,
@@ -312,4 +363,5 @@ def _call(
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,
     }
-    return arguments, {**constexprs, **launch_options(table, memory.words.device, store_grad)}
+    chosen = launch_options(table, memory.words.device, store_grad, rows is not None)
+    return arguments, {**constexprs, **chosen}
