@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels import table as t
+
 # Elements: 1 MiB of each float32 stream. On 2 cores of an AMD EPYC with 32 MiB of L3, one thread:
 # 32k 2.5x, 64k 2.9x, 128k 3.3x, 256k 3.5x the speed of torch's default (one tensor of 20M).
 PIECE_PER_THREAD = 262144
@@ -88,12 +90,13 @@ def adamw(
     max_exp_avg_sq: Tensor | None,
     scalars: Scalars,
     store_grad: bool = False,
+    measures: Tensor | None = None,
 ) -> None:
     """Update one tensor piece by piece, so that all temporaries stay in the cache.
 
     The tensors are dense and share one memory layout; dtypes are free (float64 params are computed
     in float64, all others in float32, with one rounding at the store). With `store_grad` the
-    unscaled gradient is left in `grad`.
+    unscaled gradient is left in `grad`. `measures`: float64 [MEASURES], sums to add to, or None.
     """
     compute = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
     kept = [param, exp_avg, exp_avg_sq, *([] if max_exp_avg_sq is None else [max_exp_avg_sq])]
@@ -113,10 +116,26 @@ def adamw(
             g_stored.copy_(torch.mul(g, scalars.unscale, out=d))
         values = [x if x.dtype == compute else buffers.pop().copy_(x) for x in stored]
         p, m, v, *maximum = values
+        old = None if measures is None else p.clone()
         adamw_update(p, g, m, v, maximum[0] if maximum else None, d, scalars)
         for x, value in zip(stored, values, strict=True):
             if value is not x:
                 x.copy_(value)
+        if measures is not None and old is not None:
+            decayed = old * scalars.decay if scalars.decay else torch.zeros_like(old)
+            added = decayed.addcdiv_(m, d, value=scalars.neg_step_size)
+            measure(added, old, stored[0].to(compute), measures)
+
+
+def measure(added: Tensor, old: Tensor, kept: Tensor, sums: Tensor) -> None:
+    """Add what an update has done to `sums`, float64 [MEASURES].
+
+    added: to p, before any rounding to its own spacing; kept: p as it is read in the next step.
+    """
+    sums[t.ADDED_SQUARES] += added.double().square().sum()
+    sums[t.PARAM_SQUARES] += kept.double().square().sum()
+    sums[t.ADDED] += added.count_nonzero()
+    sums[t.LOST] += ((added != 0) & (kept == old)).count_nonzero()
 
 
 def sum_squares(grads: Iterable[Tensor]) -> Tensor:
