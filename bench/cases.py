@@ -73,20 +73,29 @@ class Case:
 
 
 def count_bytes(
-    case: Case, *, grad: torch.dtype | None = None, moments: torch.dtype | None = None
+    case: Case,
+    *,
+    grad: torch.dtype | None = None,
+    moments: torch.dtype | None = None,
+    clips: bool = False,
 ) -> int:
-    """Bytes that a step must read and write: each stored value once.
+    """Bytes that a step must read and write: each stored value once, gradients twice if it clips.
 
-    Gradients and moments have the parameter's dtype unless given otherwise. An 8-bit format counts
-    without its scales, 1 to 2 % of its payload.
+    Gradients and moments have the parameter's dtype unless given otherwise. 8-bit moments count
+    with our scales, 1/64 byte each.
     """
     elements: defaultdict[torch.dtype, int] = defaultdict(int)
     for leaf in case.leaves:
         elements[leaf.dtype] += leaf.numel
-    return sum(
-        numel * Signature(p, grad or p, moments or p, moments or p, False).bytes_per_element
+    each = (
+        numel
+        * (
+            Signature(p, grad or p, moments or p, moments or p, False).bytes_per_element
+            + clips * (grad or p).itemsize
+        )
         for p, numel in elements.items()
     )
+    return round(sum(each))
 
 
 def make(case: Case, device: torch.device) -> list[dict[str, Any]]:

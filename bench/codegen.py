@@ -52,6 +52,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp64": torch.float64,
+    "int8": torch.uint8,
 }
 
 
@@ -286,7 +287,7 @@ def _read_nvidia(asm: dict[str, Any]) -> _Code:
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S+)", sass, re.MULTILINE)
     code = code[: _end(code, lambda op: op == "BRA")]  # a branch to itself and NOPs pad the end
     # Elements are loaded under their lane's mask, what all lanes share (table, scalars) is not.
-    access = re.findall(r"@%p\d+ (ld|st)\.global[.\w]*?(?:\.v(\d))?\.b(\d+) ", asm["ptx"])
+    access = re.findall(r"@%p\d+ (ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+) ", asm["ptx"])
     widths = [(kind, int(count or 1) * int(bits)) for kind, count, bits in access]
     return _Code(
         registers=used["REG"],
@@ -309,7 +310,15 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
     return run.stdout
 
 
-_AMD_BITS = {"byte": 8, "ubyte": 8, "short": 16, "ushort": 16, "short_d16": 16, "short_d16_hi": 16}
+_AMD_BITS = {
+    "byte": 8,
+    "ubyte": 8,
+    "short": 16,
+    "ushort": 16,
+    "sshort": 16,
+    "short_d16": 16,
+    "short_d16_hi": 16,
+}
 _AMD_BITS |= {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 

@@ -6,11 +6,13 @@
 #   bash bench/gpu.sh out/gpu                                 # all parts
 #   bash bench/gpu.sh out/gpu "tests sanitizer"               # some
 #   bash bench/gpu.sh out/gpu "step train" "tiny tiny-mixed"  # some cases; runs without a GPU, too
+#   bash bench/gpu.sh out/gpu "" "" 1a2b3c4                   # the commit, in a copy without .git
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES]}")
-parts=${2:-"tests sanitizer step train ncu"}
+out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}")
+parts=${2:-"tests sanitizer step train accuracy ncu"}
 cases=${3:-}
+commit=${4:-}
 mkdir -p "$out" && logs=$(mktemp -d)
 export PYTHONUNBUFFERED=1
 python=$(command -v python3)
@@ -32,22 +34,32 @@ fi
 for name in $parts; do
     case $name in
     # from the folder of the tests: `-m` would put the repository's root, and `kernels`, on the path
-    tests) part tests 170 bash -c "cd tests && '$python' -m pytest -q --maxfail=20 --durations=15 ." ;;
+    tests) part tests 160 bash -c "cd tests && '$python' -m pytest -q --maxfail=20 --durations=15 ." ;;
     sanitizer)
         for tool in memcheck racecheck; do
             # torch's caching allocator would hide what runs past the end of a tensor
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 40 \
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 35 \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/few_steps.py
         done
         ;;
     # shellcheck disable=SC2086  # the cases are words
-    step) part step 140 "$python" bench/step.py --out "$out" ${cases:+--cases $cases --rounds 2} ;;
-    train) part train 50 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
+    step)
+        part step 130 "$python" bench/step.py --out "$out" --max-seconds 6 \
+            ${commit:+--commit "$commit"} ${cases:+--cases $cases --rounds 2}
+        ;;
+    train) part train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
+    # among the logs: the device machine gives 8 files back
+    accuracy)
+        part accuracy 45 "$python" bench/accuracy.py --out "$logs/accuracy" \
+            ${commit:+--commit "$commit"} ${cases:+--steps 10}
+        ;;
     ncu)
-        part ncu 30 ncu --clock-control none --kernel-name regex:_adamw --launch-count 3 \
+        part ncu 25 ncu --clock-control none --kernel-name regex:_adamw --launch-count 3 \
             --section SpeedOfLight --section Occupancy --section LaunchStats --section MemoryWorkloadAnalysis \
             "$python" bench/few_steps.py --numel 16777216
         ;;
+    # not among the parts by default: it may take half of the time
+    tune) part tune 240 "$python" bench/tune.py --out "$logs/tune" ${commit:+--commit "$commit"} ;;
     *) echo "no part is called $name" | tee -a "$out/summary.txt" && failed=1 ;;
     esac
 done

@@ -17,7 +17,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -29,9 +30,10 @@ import torch.nn.functional as F  # noqa: N812  torch's own spelling
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fused_adamw import FusedAdamW
 
@@ -103,7 +105,7 @@ class GPT(nn.Module):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         x = self.byte(inputs) + self.position.weight[: inputs.shape[1]]
         logits = F.linear(self.norm(self.blocks(x)), self.byte.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def param_groups(model: nn.Module) -> list[dict[str, object]]:
@@ -145,8 +147,13 @@ class Run:
 
     losses: list[float]  # one a step, before its update
     validation: float
-    optimizer_ms: float  # optimizer.step() alone
+    optimizer_ms: float  # optimizer.step() alone, or with clipping
     iteration_ms: float
+    first: int = 1  # the step of the first loss
+
+    def loss(self, step: int) -> str:
+        """For a table; empty before the first."""
+        return f"{self.losses[step - self.first]:.6f}" if step >= self.first else ""
 
 
 class Moment:
@@ -165,48 +172,101 @@ class Moment:
         return float(self.event.elapsed_time(end.event))
 
 
+class Text:
+    """English, in windows of context + 1 bytes: 9 tenths to train on, the rest for validation."""
+
+    def __init__(self, size: Size, steps: int, device: torch.device) -> None:
+        self.bytes = torch.tensor(list("".join(topics.values()).encode()), device=device)
+        self.size, self.split = size, len(self.bytes) * 9 // 10
+        self.window = torch.arange(size.context + 1, device=device)
+        starts = torch.randint(self.split - size.context, (steps, size.batch, 1))
+        self.starts = starts.to(device)
+
+    def batch(self, step: int) -> Tensor:  # int64 [batch, context + 1]
+        return self.bytes[self.starts[step] + self.window]
+
+    def validation(self) -> Iterator[Tensor]:  # batches as those
+        end = len(self.bytes) - self.size.context
+        places = torch.arange(self.split, end, self.size.context, device=self.bytes.device)
+        places = places[: len(places) // self.size.batch * self.size.batch]
+        for place in places.view(-1, self.size.batch, 1):
+            yield self.bytes[place + self.window]
+
+
+class Training:
+    """A model with its optimizer and schedule, the losses so far and the times of their steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make: Callable[..., torch.optim.Optimizer],
+        size: Size,
+        steps: int,
+        device: torch.device,
+        autocast: AbstractContextManager[Any] | None = None,
+        max_norm: float | None = CLIP,
+    ) -> None:
+        self.model, self.device, self.max_norm = model, device, max_norm
+        self.autocast = nullcontext() if autocast is None else autocast
+        self.optimizer = make(param_groups(model), lr=size.lr, betas=BETAS)
+        self.schedule = LambdaLR(self.optimizer, lambda step: lr_scale(step, steps))
+        self.losses: list[Tensor] = []  # on the device until the end: to read one is to wait for it
+        self.moments: list[tuple[Moment, Moment, Moment, Moment]] = []
+
+    def step(self, tokens: Tensor) -> None:
+        begin = Moment(self.device)
+        with self.autocast:
+            loss = self.model(tokens)
+        loss.backward()
+        ready = Moment(self.device)
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        clipped = Moment(self.device)
+        self.optimizer.step()
+        self.moments.append((begin, ready, clipped, Moment(self.device)))
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.detach())
+
+    def show(self, progress: Progress, task: TaskID, name: str, step: int, steps: int) -> None:
+        """Move the bar after a step, counted from 0; 40 times in all, since it reads a loss."""
+        if (step + 1) % max(1, steps // 40) == 0 or step + 1 == steps:
+            shown = f"{name:<{len(TORCH_FUSED)}}  loss {float(self.losses[-1]):.3f}"
+            progress.update(task, completed=step + 1, description=shown)
+
+    def validate(self, batches: Iterable[Tensor]) -> Tensor:
+        """Mean loss, []."""
+        with torch.no_grad(), self.autocast:
+            return torch.stack([self.model(tokens) for tokens in batches]).mean()
+
+    def optimizer_ms(self, with_clipping: bool = False) -> float:
+        return statistics.median(
+            (ready if with_clipping else clipped).ms_until(end)
+            for _, ready, clipped, end in self.moments
+        )
+
+    def iteration_ms(self) -> float:
+        return statistics.median(a[0].ms_until(b[0]) for a, b in pairwise(self.moments))
+
+
 def train(
     name: str, size: Size, steps: int, seed: int, device: torch.device, progress: Progress
 ) -> Run:
     """Train a fresh model with the optimizer of that name."""
-    text = torch.tensor(list("".join(topics.values()).encode()), device=device)
-    split = len(text) * 9 // 10
-    window = torch.arange(size.context + 1, device=device)
     torch.manual_seed(seed)
-    starts = torch.randint(split - size.context, (steps, size.batch, 1)).to(device)
-    model = GPT(size).to(device)
-    optimizer = OPTIMIZERS[name](param_groups(model), lr=size.lr, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_scale(step, steps))
+    text = Text(size, steps, device)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=size.bf16 and device.type == "cuda")
-
+    training = Training(GPT(size).to(device), OPTIMIZERS[name], size, steps, device, autocast)
     task = progress.add_task(name, total=steps)
-    losses: list[Tensor] = []  # on the device until the end: to read one is to wait for the GPU
-    moments: list[tuple[Moment, Moment, Moment]] = []
     for step in range(steps):
-        begin = Moment(device)
-        with autocast:
-            loss = model(text[starts[step] + window])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        before = Moment(device)
-        optimizer.step()
-        moments.append((begin, before, Moment(device)))
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if (step + 1) % max(1, steps // 40) == 0 or step + 1 == steps:
-            shown = f"{name:<{len(TORCH_FUSED)}}  loss {float(losses[-1]):.3f}"
-            progress.update(task, completed=step + 1, description=shown)
-
-    places = torch.arange(split, len(text) - size.context, size.context, device=device)
-    places = places[: len(places) // size.batch * size.batch].view(-1, size.batch, 1)
-    with torch.no_grad(), autocast:
-        validation = torch.stack([model(text[place + window]) for place in places]).mean()
+        training.step(text.batch(step))
+        training.show(progress, task, name, step, steps)
+    validation = training.validate(text.validation())
     return Run(
-        losses=torch.stack(losses).tolist(),
+        losses=torch.stack(training.losses).tolist(),
         validation=float(validation),
-        optimizer_ms=statistics.median(before.ms_until(end) for _, before, end in moments),
-        iteration_ms=statistics.median(a[0].ms_until(b[0]) for a, b in pairwise(moments)),
+        optimizer_ms=training.optimizer_ms(),
+        iteration_ms=training.iteration_ms(),
     )
 
 
@@ -243,24 +303,41 @@ def compare(
     )
 
 
-def draw(runs: dict[str, Run], verdict: Verdict | None, title: str, path: Path) -> None:
-    """Left the curves; right, where two are compared, their distance on a log axis."""
-    styles = {TORCH: ("C0", 5.0, 0.4), TORCH_FUSED: ("C2", 2.0, 0.8), OURS: ("C3", 0.8, 1.0)}
+# color, width, opacity
+STYLES = {TORCH: ("C0", 5.0, 0.4), TORCH_FUSED: ("C2", 2.0, 0.8), OURS: ("C3", 0.8, 1.0)}
+
+
+def draw(
+    runs: Mapping[str, Run],
+    verdict: Verdict | None,
+    title: str,
+    path: Path,
+    styles: Mapping[str, tuple[str, float, float]] = STYLES,
+    more: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Left the curves; right, where two are compared, their distance on a log axis.
+
+    more: distances of further runs from ours, in the last steps.
+    """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title, fontsize=10)
     panels = figure.subplots(1, 1 if verdict is None else 2, squeeze=False)[0]
     left, right = panels[0], panels[-1]
     for name, run in runs.items():
         color, width, alpha = styles[name]
-        steps = range(1, len(run.losses) + 1)
+        steps = range(run.first, run.first + len(run.losses))
         left.plot(steps, run.losses, color=color, linewidth=width, alpha=alpha, label=name)
     left.set(xlabel="step", ylabel="training loss (nats a byte)")
     if verdict is not None:
+        last = len(verdict.limits)
+        distances = {TORCH_FUSED: verdict.noise, OURS: verdict.differences, **(more or {})}
         # dots, since a log axis has no place for the many differences that are exactly 0
-        for name, distances in (TORCH_FUSED, verdict.noise), (OURS, verdict.differences):
-            label = f"{name} ({distances.count(0.0)} zeros)"
-            right.plot(steps, distances, ".", color=styles[name][0], markersize=4, label=label)
-        right.plot(steps, verdict.limits, color="black", linewidth=1, label="limit")
+        for name, own in distances.items():
+            steps = range(last + 1 - len(own), last + 1)
+            label = f"{name}, from {OURS}" if more and name in more else name
+            label += f" ({list(own).count(0.0)} zeros)"
+            right.plot(steps, own, ".", color=styles[name][0], markersize=4, label=label)
+        right.plot(range(1, last + 1), verdict.limits, color="black", linewidth=1, label="limit")
         right.set(xlabel="step", ylabel=f"|loss - loss of {TORCH}|", yscale="log")
     for axes in panels:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
@@ -269,17 +346,19 @@ def draw(runs: dict[str, Run], verdict: Verdict | None, title: str, path: Path) 
     figure.savefig(path, dpi=120)
 
 
-def tabulate(runs: dict[str, Run], verdict: Verdict | None) -> tuple[Table, Table]:
+def tabulate(
+    runs: Mapping[str, Run], verdict: Verdict | None, timed: str = "optimizer.step()"
+) -> tuple[Table, Table]:
     """The losses side by side, and the times."""
     losses = Table("step", *runs, *(["|diff|", "limit"] if verdict else []), box=box.SIMPLE_HEAD)
-    steps = len(next(iter(runs.values())).losses)
-    for i in sorted({round(k * (steps - 1) / 9) for k in range(10)}):
-        row = [str(i + 1), *(f"{run.losses[i]:.6f}" for run in runs.values())]
+    first, last = next((run.first, run.first + len(run.losses) - 1) for run in runs.values())
+    for step in sorted({first + round(k * (last - first) / 9) for k in range(10)}):
+        row = [str(step), *(run.loss(step) for run in runs.values())]
         if verdict:
-            row += [f"{verdict.differences[i]:.1e}", f"{verdict.limits[i]:.1e}"]
-        losses.add_row(*row, end_section=i == steps - 1)
+            row += [f"{x[step - 1]:.1e}" for x in (verdict.differences, verdict.limits)]
+        losses.add_row(*row, end_section=step == last)
     losses.add_row("validation", *(f"{run.validation:.6f}" for run in runs.values()))
-    times = Table("median ms", "optimizer.step()", "whole iteration", box=box.SIMPLE_HEAD)
+    times = Table("median ms", timed, "whole iteration", box=box.SIMPLE_HEAD)
     for name, run in runs.items():
         times.add_row(name, f"{run.optimizer_ms:.3f}", f"{run.iteration_ms:.2f}")
     for column in (*losses.columns, *times.columns[1:]):
@@ -287,7 +366,7 @@ def tabulate(runs: dict[str, Run], verdict: Verdict | None) -> tuple[Table, Tabl
     return losses, times
 
 
-def judge(runs: dict[str, Run], verdict: Verdict | None) -> tuple[bool, str]:
+def judge(runs: Mapping[str, Run], verdict: Verdict | None) -> tuple[bool, str]:
     """Whether all is well, and a sentence that says so."""
     lost = [n for n, run in runs.items() if not math.isfinite(sum(run.losses) + run.validation)]
     if lost:

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.table import QUANT_BLOCK
 from .layouts import FLOATS, REALS, overlaps_itself
 from .shards import is_sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# All that a state may have besides "step", and its dtype if there is but one.
+STORED: dict[str, torch.dtype | None] = {
+    **dict.fromkeys(MOMENTS),
+    **{f"{name}{end}": torch.uint8 for name in MOMENTS for end in ("_q", "_scale")},
+    "master_remainder": torch.int16,
+    "master_param": torch.float32,
+}
 
 
 def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
@@ -115,18 +123,26 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
 
 
 def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
-    """Raise TypeError or RuntimeError for a state that is not one of AdamW for this param."""
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
-    if missing:
+    """Raise TypeError or RuntimeError for a state that is not one of AdamW for this param.
+
+    A moment is there as itself or in 8 bits; in which form it is wanted is not asked here.
+    """
+    missing = [
+        key
+        for key in ("exp_avg", "exp_avg_sq")
+        if key not in state and not state.keys() >= {f"{key}_q", f"{key}_scale"}
+    ]
+    if missing or "step" not in state:
+        missing += ["step"] * ("step" not in state)
         raise RuntimeError(
             f"The state of {name} has {sorted(state)} but not {missing}. Load a whole checkpoint "
             "of an AdamW optimizer, or delete optimizer.state[param] to start it anew."
         )
-    for key in MOMENTS:
+    for key, wanted in STORED.items():
         x = state.get(key)
         if x is None:
             continue
-        if x.device != param.device or x.shape != param.shape:
+        if x.device != param.device or (x.shape != param.shape and not key.endswith("_scale")):
             raise RuntimeError(
                 f"{key} of {name} is on {x.device} with shape {tuple(x.shape)} but the param is on "
                 f"{param.device} with shape {tuple(param.shape)}. Bring the state back to the "
@@ -137,19 +153,28 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
                 f"{key} of {name} is conjugated or negated only when it is read: its memory holds "
                 "other values than it shows. Use .resolve_conj().resolve_neg()."
             )
-        if x.is_complex() != param.is_complex() or REALS.get(x.dtype, x.dtype) not in FLOATS:
+        if wanted is not None and x.dtype != wanted:
+            raise TypeError(f"{key} of {name} is {x.dtype}; it is kept in {wanted}.")
+        floating = x.is_complex() == param.is_complex() and REALS.get(x.dtype, x.dtype) in FLOATS
+        if wanted is None and not floating:
             raise TypeError(f"{key} of {name} is {x.dtype} while the param is {param.dtype}.")
+        if key.endswith("_scale") and x.numel() != -(-param.numel() // QUANT_BLOCK):
+            raise RuntimeError(
+                f"{key} of {name} has {x.numel()} exponents, but its {param.numel()} elements are "
+                f"{-(-param.numel() // QUANT_BLOCK)} blocks of {QUANT_BLOCK}. Load the checkpoint "
+                "again, as a whole."
+            )
     step = state["step"]
     if isinstance(step, Tensor) and (step.numel() != 1 or step.device.type == "meta"):
         raise RuntimeError(
             f"step of {name} is on {step.device} with shape {tuple(step.shape)}; it is the number "
             "of updates so far: a number, or a tensor of one element."
         )
-    maximum = state.get("max_exp_avg_sq")
-    if maximum is not None and maximum.dtype != state["exp_avg_sq"].dtype:
+    maximum, squares = state.get("max_exp_avg_sq"), state.get("exp_avg_sq")
+    if maximum is not None and squares is not None and maximum.dtype != squares.dtype:
         raise TypeError(
             f"max_exp_avg_sq of {name} is {maximum.dtype} but exp_avg_sq is "
-            f"{state['exp_avg_sq'].dtype}; they are kept in one dtype."
+            f"{squares.dtype}; they are kept in one dtype."
         )
 
 

@@ -88,6 +88,7 @@ def group_rows(
         flags = t.MAXIMIZE * bool(group["maximize"])
         flags |= t.DECOUPLED * bool(group["decoupled_weight_decay"])
         value[t.EPS], value[t.WEIGHT_DECAY] = group["eps"], group["weight_decay"]
+        row[t.SEED] = group.get("seed", 0)
         value[t.MAX_NORM] = math.inf if max_norm is None else max_norm
         for i, x in enumerate((group["lr"], *group["betas"])):
             if isinstance(x, Tensor) and (x.device == device or x.device.type != "cpu"):
@@ -120,6 +121,13 @@ class Launcher:
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
         self._stream: torch.Stream | None = None
         self._compiled: set[tuple[object, ...]] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that this launcher keeps, for captured steps, too."""
+        memories = [self._memory, None if self._reserve is None else self._reserve[0]]
+        kept = [x for memory in memories if memory is not None for x in memory]
+        return sum(x.nbytes for x in (*kept, *self._sums.values()))
 
     def prepare(
         self, table: t.Table, groups: GroupRows, store_grad: bool, rows: Tensor | None = None

@@ -88,6 +88,11 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def memory_line(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of memory, [numel], a view."""
+    return x.as_strided((x.numel(),), (1,))
+
+
 def same_strides(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether equal indices lie at equal offsets; strides of size-1 dimensions say nothing."""
     return (

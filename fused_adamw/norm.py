@@ -1,14 +1,15 @@
 """The global gradient norm: sums of squares of devices, meshes and ranks, added without a wait.
 
 A DTensor's squares are added over the mesh dimensions that shard it, so that replicas count once.
-Plain tensors count as they lie, unless a process group is given whose ranks each hold a part.
+Plain tensors count as they lie. What lies on the ranks of a given process group, but not on those
+of a tensor's own mesh, are other parts of the model, and added to it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from torch import Tensor
 from .kernels import table as t
 from .shards import is_sharded
 
-Ranks: TypeAlias = tuple[Any, ...]  # process groups: one after the other, they join all parts
+
+class Ranks(NamedTuple):
+    """The ranks over which a param's squares are added."""
+
+    mesh: tuple[Any, ...]  # process groups: one after the other, they join all parts
+    given: bool  # whether the ranks of grad_norm_group hold others, to be added, too
 
 
 class Clipping(NamedTuple):
@@ -48,47 +54,115 @@ def check_clipping(max_grad_norm: object, skip_nonfinite: object) -> Clipping:
     return Clipping(number, bool(skip_nonfinite))
 
 
-def ranks_of(param: Tensor, plain: Any) -> Ranks:
-    """Process groups over which a param's squares are added. plain: where it is no DTensor."""
-    if not is_sharded(param):
-        return () if plain is None else (plain,)
-    mesh = param.device_mesh
-    return tuple(
+def ranks_of(params: Iterable[Tensor], given: Any) -> list[Ranks]:
+    """For each param the ranks over which its squares are added. given: grad_norm_group.
+
+    Raises:
+        ValueError: a DTensor whose mesh has some ranks of the given group, but neither all nor one,
+            or does not have this rank, and no group is given.
+    """
+    known: dict[tuple[Any, ...], Ranks] = {}
+    result = []
+    for p in params:
+        if not is_sharded(p):
+            result.append(Ranks((), given is not None))
+            continue
+        key = p.device_mesh, p.placements
+        if key not in known:
+            known[key] = _ranks_of_sharded(*key, given)
+        result.append(known[key])
+    return result
+
+
+def _ranks_of_sharded(mesh: Any, placements: Sequence[Any], given: Any) -> Ranks:
+    own = set(mesh.mesh.flatten().tolist())
+    if mesh.get_coordinate() is None:
+        if given is None:
+            raise ValueError(
+                f"A DTensor lies on ranks {sorted(own)}, of which this is none: it cannot know "
+                "that one's part of the gradient norm. Pass a grad_norm_group that has this rank "
+                "and one of those."
+            )
+        return Ranks((), False)
+    groups = tuple(
         mesh.get_group(dimension)
-        for dimension, placement in enumerate(param.placements)
-        if placement.is_shard() and mesh.size(dimension) > 1
+        for dimension, placement in enumerate(placements)
+        # not is_shard(), which FSDP2 over tensor parallelism (_StridedShard) denies
+        if not placement.is_replicate() and mesh.size(dimension) > 1
     )
+    if given is None:
+        return Ranks(groups, False)
+    all_given = set(torch.distributed.get_process_group_ranks(given))
+    if 1 < len(own & all_given) < len(all_given):
+        raise ValueError(
+            f"A DTensor lies on ranks {sorted(own)}, and grad_norm_group has {sorted(all_given)}: "
+            "some of these hold parts of it, some other params. Pass a group that has one rank of "
+            "each mesh (a pipeline's), or only ranks of the mesh."
+        )
+    return Ranks(groups, not all_given <= own)
 
 
-def distinct(ranks: Iterable[Ranks]) -> dict[Ranks, int]:
-    """Numbers for sets of ranks, in the order in which the params have them: alike on each rank."""
+def numbered(
+    params: Sequence[Tensor], wanted: bool, given: Any
+) -> tuple[dict[Ranks, int], list[int]]:
+    """Numbers for the sets of ranks, as the params have them first, and for each param its own."""
+    nowhere = Ranks((), False)
+    ranks = ranks_of(params, given) if wanted else [nowhere] * len(params)
     numbers: dict[Ranks, int] = {}
-    for one in ranks:
-        numbers.setdefault(one, len(numbers))
-    return numbers
+    return numbers, [numbers.setdefault(one, len(numbers)) for one in ranks]
 
 
 def add_up(
-    parts: Mapping[Ranks, Sequence[Tensor]], devices: Sequence[torch.device]
+    parts: Mapping[Ranks, Sequence[Tensor]],
+    devices: Sequence[torch.device],
+    given: Any,
+    found_inf: Tensor | None,
 ) -> dict[torch.device, Tensor]:
     """Sums of squares of all gradients everywhere, float64, to be added up, on each device.
 
-    parts: for each set of ranks the sums of this one's devices. One collective a process group.
+    One collective a process group: those of the meshes in the order in which the params have them,
+    then, on every rank whatever it holds, the given one's.
+
+    parts: for each set of ranks the sums of this one's devices. found_inf: where it is not 0, the
+    sum of all ranks is infinite.
     """
-    single = len(parts) == 1 and len(devices) == 1
+    home = devices[0]
+    groups = list(dict.fromkeys(group for ranks in parts for group in ranks.mesh))
+    alone = not groups and given is None
+    nothing = torch.zeros(1, dtype=torch.float64, device=home)
+    if found_inf is not None and not alone:
+        overflow = _to(found_inf, home).reshape(1) != 0
+        nothing = torch.where(overflow, math.inf, nothing)
+    totals: dict[Ranks, Tensor] = {}
     for ranks, sums in parts.items():
-        if single and not ranks and len(sums) == 1:
-            return {devices[0]: sums[0]}
-    totals = []
-    for ranks, sums in parts.items():
-        total = torch.zeros((), dtype=torch.float64, device=devices[0])
-        for x in sums:
-            total += _to(x.sum(), total.device)
-        for group in ranks:
-            torch.distributed.all_reduce(total, group=group)
-        totals.append(total)
-    whole = torch.stack(totals).sum(0, keepdim=True)
+        if alone and len(parts) == len(sums) == len(devices) == 1:
+            return {home: sums[0]}
+        totals[ranks] = _added([*(_to(x.sum(0, keepdim=True), home) for x in sums), nothing])
+    for group in groups:
+        joint = [ranks for ranks in parts if group in ranks.mesh]
+        joined = torch.cat([totals[ranks] for ranks in joint])
+        torch.distributed.all_reduce(joined, group=group)
+        totals.update(zip(joint, joined.chunk(len(joint)), strict=True))
+    here = [total for ranks, total in totals.items() if not ranks.given]
+    if given is not None:
+        there = _added([nothing, *(total for ranks, total in totals.items() if ranks.given)])
+        torch.distributed.all_reduce(there, group=given)
+        here.append(there)
+    whole = _added(here or [nothing])
     return {device: _to(whole, device) for device in devices}
+
+
+def device_of(given: Any) -> torch.device:
+    """Where a rank without any param takes part in the norm: as the others, on an accelerator."""
+    accelerator = torch.accelerator.current_accelerator()
+    if given is None or accelerator is None:
+        return torch.device("cpu")
+    served = torch.distributed.get_backend_config(given)  # "cpu:gloo,cuda:nccl"
+    return accelerator if f"{accelerator.type}:" in served else torch.device("cpu")
+
+
+def _added(sums: Sequence[Tensor]) -> Tensor:
+    return sums[0] if len(sums) == 1 else torch.cat(list(sums)).sum(0, keepdim=True)
 
 
 def _to(x: Tensor, device: torch.device) -> Tensor:

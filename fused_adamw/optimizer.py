@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,19 +14,24 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import formats, reference
 from . import norm as norming
 from . import plan as planning
-from . import reference
 from . import state as stating
+from . import storage as storing
 from . import telemetry as measuring
 from .checks import check_hypers, check_plain
 from .kernels import table as t
 from .launch import GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
 from .norm import Clipping, check_clipping
-from .plan import Entry, Grads, Plan, Seen
-from .shards import LocalGrads, as_param, local, local_grads, local_state
+from .plan import Entry, Grads, Plan, Seen, flat
+from .shards import LocalGrads, as_param, local, local_grads, local_state, place_of
+from .storage import StateDtype
 from .telemetry import Measures, Telemetry
+
+if TYPE_CHECKING:
+    from .release import GradientRelease
 
 Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
@@ -65,9 +72,22 @@ class FusedAdamW(Optimizer):
             their mesh. An attribute, too, as the next one is; no part of the ``state_dict``.
         skip_nonfinite: leave params, moments and steps as they are, on all devices and ranks, in a
             step whose gradients hold NaN or infinity; :meth:`metrics` counts such steps.
-        grad_norm_group: process group whose ranks each hold a part of the plain tensors (FSDP1's
-            flat params, ZeRO-1, pipeline stages). Without one they would be clipped by a norm of
-            their own part. What :meth:`metrics` tells by group is added over it, too.
+        master_weights: keep what rounding to bfloat16 takes off a param, in 16 bits of its state,
+            so that bfloat16 params follow the course of float32 ones to the bit; float16 params
+            get a float32 copy. Params changed from outside are followed. A group option, as the
+            next three are; they stay as constructed when a checkpoint is loaded.
+        stochastic_rounding: round bfloat16 params, unless they have masters, and bfloat16 second
+            moments up or down at random, so that small updates are not lost on average.
+        state_dtype: how moments are stored: None in the param's dtype, as torch does;
+            ``torch.float32``, ``torch.bfloat16`` or ``"int8"`` (blockwise, 1.02 bytes each); a
+            pair for ``exp_avg`` and ``exp_avg_sq``.
+        seed: of the random bits of stochastic rounding and of 8-bit second moments. They depend on
+            it, the step, the param's position and the element's in the whole param alone, so
+            replicas and shards agree. Loaded with a checkpoint.
+        grad_norm_group: process group whose ranks hold parts that tensors do not tell of: plain
+            ones (FSDP1's flat params, ZeRO-1), or a pipeline's stages, also of DTensors. Without
+            one each rank would clip by the norm of its own part. All its ranks have to step, even
+            one that holds nothing. An attribute, too.
         group_metrics: have each step measure its updates for :meth:`metrics`, in the same launches:
             16 bytes of memory for each 1,024 elements, written once a step. An attribute, too: in
             steps without it nothing is measured or written. No part of the ``state_dict``.
@@ -80,6 +100,8 @@ class FusedAdamW(Optimizer):
     Source: Loshchilov and Hutter, `Decoupled Weight Decay Regularization
     <https://arxiv.org/abs/1711.05101>`_.
     """
+
+    _release: GradientRelease | None = None  # belongs to no copy: deepcopy and pickle leave it out
 
     def __init__(
         self,
@@ -96,6 +118,10 @@ class FusedAdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = True,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        state_dtype: StateDtype | tuple[StateDtype, StateDtype] = None,
+        seed: int = 0,
         backend: Backend = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -121,7 +147,15 @@ class FusedAdamW(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        check_hypers(defaults, min_lr=0.0)
+        stored = {
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "state_dtype": state_dtype,
+            "seed": seed,
+        }
+        if stored != storing.OPTIONS:  # else groups are torch's, and so are flattened checkpoints
+            defaults.update(stored)
+        _check_group(defaults, min_lr=0.0)
         defaults["betas"] = _scalar_betas(betas)
         check_clipping(max_grad_norm, skip_nonfinite)
         self.backend: Backend = backend
@@ -156,6 +190,13 @@ class FusedAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _OPTIONS}}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedAdamW:
+        """As copy.deepcopy makes it, but for the process group, which is shared."""
+        memo[id(self.grad_norm_group)] = self.grad_norm_group
+        memo[id(self)] = made = self.__class__.__new__(self.__class__)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what load_state_dict, deepcopy or pickle brings; nothing of it is aliased."""
         defaults = state.get("defaults") or self.defaults
@@ -166,11 +207,32 @@ class FusedAdamW(Optimizer):
             if own_groups is not None:
                 for key in (_DECOUPLED, "differentiable"):
                     group[key] = own_groups[number][key]
+                for key in ("master_weights", "stochastic_rounding", "state_dtype"):
+                    group.pop(key, None)
+                    if key in own_groups[number]:
+                        group[key] = own_groups[number][key]
             group["betas"] = _scalar_betas(group["betas"])
-            check_hypers(group)
-        kept = stating.own_state(state["state"], state["param_groups"], _step_dtype())
+            _check_group(group)
+        kept = stating.own_state(state["state"], state["param_groups"], step_dtype())
         super().__setstate__({**state, "state": kept})
         self._forget()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of any AdamW, converted to the formats of this optimizer.
+
+        Args:
+            state_dict: from :meth:`state_dict` here or of :class:`torch.optim.AdamW`. Nothing of it
+                is aliased. Load the model first: masters are compared with its weights.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: a checkpoint that does not fit; the optimizer is
+                then as it was.
+        """
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: stating.as_loaded(given))
+        try:  # behind the user's own hooks, which see tensors
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does; its hyper-parameters are checked as the constructor's are.
@@ -180,7 +242,7 @@ class FusedAdamW(Optimizer):
             TypeError: a tensor subclass that keeps its memory elsewhere and is no DTensor.
         """
         if isinstance(param_group, dict):
-            check_hypers({**self.defaults, **param_group}, min_lr=0.0)
+            _check_group({**self.defaults, **param_group}, min_lr=0.0)
             if isinstance(param_group.get("params"), Iterable) and not isinstance(
                 param_group["params"], (Tensor, set)
             ):
@@ -206,6 +268,9 @@ class FusedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._release is not None:
+            self._release.finish()
+            return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._update()
         return loss
@@ -236,8 +301,10 @@ class FusedAdamW(Optimizer):
                 "set group_metrics=False."
             )
         self._check_changed_hypers(clipping.max_norm)
-        here = local_grads(planning.flat(self.param_groups))
-        plan, seen = self._current_plan(here)
+        if found_inf is not None:  # what one rank has found is in the norm of all
+            clipping = clipping._replace(skip_nonfinite=clipping.wanted)
+        here = local_grads(flat(self.param_groups))
+        plan, seen = self._current_plan(here, clipping.wanted or self.group_metrics)
         grads = seen.grads
         if clipping.wanted:
             self._make_metrics(plan.by_device)
@@ -269,7 +336,7 @@ class FusedAdamW(Optimizer):
             }
             norms: dict[torch.device, Tensor] = {}
             if clipping.wanted:
-                norms = self._sums(plan, grads, tables, memories)
+                norms = self._sums(plan, grads, tables, memories, found_inf)
             for device, entries in plan.by_device.items():
                 if device in tables:
                     norm = None
@@ -299,7 +366,7 @@ class FusedAdamW(Optimizer):
                 if e.grad_copy is not None and grad_scale is not None:
                     _put_grad(e.param, grad, e.grad_copy)
             if here is not None and grad_scale is not None:
-                params = planning.flat(self.param_groups)
+                params = flat(self.param_groups)
                 for place, moved in here.moved.items():
                     params[place].grad = moved  # unscaled, as the others are now
             if tables:
@@ -310,19 +377,20 @@ class FusedAdamW(Optimizer):
         for group in differentiable:
             self._run_differentiable(group)
 
-    def _current_plan(self, here: LocalGrads | None = None) -> tuple[Plan, Seen]:
+    def _current_plan(
+        self, here: LocalGrads | None = None, with_norm: bool = False
+    ) -> tuple[Plan, Seen]:
         """The plan of this step, and its tensors; every check comes before any change."""
         groups, plan = self.param_groups, self._plan
+        norm_over = with_norm, self.grad_norm_group
         grads_here = None if here is None else here.grads
-        if plan is not None:
+        if plan is not None and plan.norm_over == norm_over:
             followed = planning.follow(plan, groups, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
                 return followed
-        grads = grads_here or [p.grad for p in planning.flat(groups)]
-        ranks = [norming.ranks_of(p, self.grad_norm_group) for p in planning.flat(groups)]
-        meshes = norming.distinct(ranks)
-        numbers = [meshes[x] for x in ranks]
+        grads = grads_here or [p.grad for p in flat(groups)]
+        meshes, numbers = norming.numbered(flat(groups), *norm_over)
         entries = planning.make_entries(groups, grads, self.state, plan, numbers)
         devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
@@ -334,9 +402,9 @@ class FusedAdamW(Optimizer):
                 "FusedAdamW.step() cannot be captured in a CUDA graph before its state exists. Run "
                 "at least one step() outside the capture, with gradients for the same parameters."
             )
-        stating.init_state(entries.all, self.state, _step_dtype())
+        stating.init_state(entries.all, self.state, step_dtype())
         self._plan, seen = planning.make_plan(
-            groups, grads, entries, self.state, on_kernel, grads_here, meshes
+            groups, grads, entries, self.state, on_kernel, grads_here, meshes, norm_over
         )
         return self._plan, seen
 
@@ -348,7 +416,10 @@ class FusedAdamW(Optimizer):
     def _check_changed_hypers(self, max_norm: float | None) -> None:
         """Check hyper-parameters that are not as they were, and forget the rows made of them."""
         values = [
-            (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g[_DECOUPLED])
+            (
+                *(g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g[_DECOUPLED]),
+                *[g[key] for key in storing.OPTIONS if key in g],
+            )
             for g in self.param_groups
         ]
         if any(isinstance(x, Tensor) for v in values for x in v[:5]):
@@ -357,7 +428,7 @@ class FusedAdamW(Optimizer):
             values.append((max_norm,))
         if not values or values != self._hypers:
             for group in self.param_groups:
-                check_hypers(group)
+                _check_group(group)
             self._hypers, self._rows = values, {}
 
     def _group_rows(self, device: torch.device, max_norm: float | None) -> GroupRows:
@@ -372,8 +443,24 @@ class FusedAdamW(Optimizer):
         grads: Grads,
         tables: Mapping[torch.device, t.Table],
         memories: Mapping[torch.device, t.Memory],
+        found_inf: Tensor | None,
     ) -> dict[torch.device, Tensor]:
         """Sums of squares of all gradients, as each device of the plan needs them."""
+        everywhere, (_, group) = list(plan.by_device), plan.norm_over
+        if not everywhere:  # this rank has nothing to update, but others wait for its part
+            params = flat(self.param_groups)
+            everywhere = [local(params[0]).device if params else norming.device_of(group)]
+        parts = self._own_sums(plan, grads, tables, memories)
+        return norming.add_up(parts, everywhere, group, found_inf)
+
+    def _own_sums(
+        self,
+        plan: Plan,
+        grads: Grads,
+        tables: Mapping[torch.device, t.Table],
+        memories: Mapping[torch.device, t.Memory],
+    ) -> dict[norming.Ranks, list[Tensor]]:
+        """Sums of squares on this rank, one a device, by the set of ranks that adds them up."""
         parts: dict[norming.Ranks, list[Tensor]] = {}
         for ranks, mesh in plan.meshes.items():
             own = parts[ranks] = []
@@ -384,10 +471,7 @@ class FusedAdamW(Optimizer):
                 else:
                     here = [grads[e.place] for e in entries if e.mesh == mesh]
                     own.append(reference.sum_squares(g for g in here if g is not None))
-        everywhere = list(plan.by_device)
-        if not everywhere:  # this rank has nothing to update, but others wait for its part
-            everywhere = [local(planning.flat(self.param_groups)[0]).device]
-        return norming.add_up(parts, everywhere)
+        return parts
 
     def _make_metrics(self, devices: Iterable[torch.device]) -> None:
         for device in devices:
@@ -406,7 +490,7 @@ class FusedAdamW(Optimizer):
         Returns 0-dim float64 tensors on the params' device, copies: ``grad_norm``, before clipping
         and unscaled; ``clip_factor``, by which gradients were multiplied; ``skipped_steps``, all
         since construction, for overflows that GradScaler found, too. Nothing waits for the device
-        but who reads them. Zeros before the first such step.
+        but who reads them. Zeros before the first such step, and on a rank with nothing to update.
 
         With ``group_metrics`` also float64 ``[n_groups]``, of the params that had a gradient in the
         last step that was not skipped:
@@ -429,10 +513,57 @@ class FusedAdamW(Optimizer):
             "skipped_steps": values[t.SKIPPED],
         }
         if self.group_metrics:
-            params = planning.flat(self.param_groups)
+            params = flat(self.param_groups)
             device = local(params[0]).device if params else torch.device("cpu")
-            found |= measuring.read(self._telemetry, len(self.param_groups), device)
+            n_groups, given = len(self.param_groups), self.grad_norm_group
+            found |= measuring.read(self._telemetry, n_groups, device, given)
         return found
+
+    @torch.no_grad()
+    def resync_master_weights(self) -> None:
+        """Make every master exactly what its param shows.
+
+        A weight changed from outside is followed without it, but only to half a unit of its last
+        bfloat16 place: its old remainder still counts. Call it after ``model.load_state_dict`` or
+        any other change of weights by hand. Nothing waits for the device.
+        """
+        for p in flat(self.param_groups):
+            state = self.state.get(p, {})
+            if storing.REMAINDER in state:
+                state[storing.REMAINDER].zero_()
+            if storing.MASTER in state:
+                state[storing.MASTER].copy_(p)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank by what they hold and in which dtype, such as ``exp_avg_q uint8``.
+
+        Params, gradients and states as they are now (before the first step there are no states),
+        and ``tables``: what the launches keep on the device.
+        """
+        sizes: Counter[str] = Counter()
+        for p in flat(self.param_groups):
+            held = {"param": p, "grad": p.grad, **self.state.get(p, {})}
+            for what, x in held.items():
+                if isinstance(x, Tensor):
+                    x = local(x)
+                    sizes[f"{what} {str(x.dtype).removeprefix('torch.')}"] += x.nbytes
+        sizes["tables"] = sum(launcher.nbytes for launcher in self._launchers.values())
+        if self._release is not None:
+            sizes["tables"] += self._release.nbytes
+        return dict(sizes)
+
+    def __repr__(self) -> str:
+        """As torch shows groups, and how params are stored where that is not torch's way."""
+        groups = self.param_groups
+        if not any(key in group for group in groups for key in storing.OPTIONS):
+            return super().__repr__()
+        counts = Counter(
+            storing.describe(storing.storage_of(group, p), p)
+            for group in groups
+            for p in group["params"]
+        )
+        lines = [f"    {what}: {count} parameters" for what, count in counts.items()]
+        return "\n".join([super().__repr__().removesuffix(")") + "Stored", *lines, ")"])
 
     def _run_reference(
         self,
@@ -468,17 +599,33 @@ class FusedAdamW(Optimizer):
                     self.param_groups[e.group], step, scale, factor
                 )
             param = e.local if e.dense is None else e.dense
+            measured = None
             if measures is not None:
                 measures.counted[i] = param.numel() * (2 if param.is_complex() else 1)
-            reference.adamw(
+                measured = measures.rows[i]
+            if e.storage.plain:
+                reference.adamw(
+                    param,
+                    grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state["max_exp_avg_sq"] if e.storage.amsgrad else None,
+                    known[e.group, step],
+                    store_grad=grad_scale is not None,
+                    measures=measured,
+                )
+                continue
+            seed = self.param_groups[e.group].get("seed", 0)
+            keys = formats.random_keys(seed, int(step), e.position)
+            reference.adamw_stored(
                 param,
                 grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state["max_exp_avg_sq"] if len(e.moments) > 2 else None,
+                state,
+                e.storage,
                 known[e.group, step],
+                reference.Random(*keys, place_of(e.name, e.param)),
                 store_grad=grad_scale is not None,
-                measures=None if measures is None else measures.rows[i],
+                measures=measured,
             )
 
     def _run_differentiable(self, group: dict[str, Any]) -> None:
@@ -487,7 +634,7 @@ class FusedAdamW(Optimizer):
         for p in params:
             state = self.state[p]
             if "step" not in state:
-                state["step"] = torch.zeros((), dtype=_step_dtype(), device=p.device)
+                state["step"] = torch.zeros((), dtype=step_dtype(), device=p.device)
             names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
             for name in names:
                 if name not in state:
@@ -515,12 +662,18 @@ class FusedAdamW(Optimizer):
         )
 
 
+def _check_group(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
+    check_hypers(group, min_lr)
+    storing.check_options(group)
+
+
 def _scalar_betas(betas: Sequence[float | Tensor]) -> tuple[float | Tensor, ...]:
     # 0-dim, as torch keeps them
     return tuple(b.squeeze() if isinstance(b, Tensor) and b.dim() else b for b in betas)
 
 
-def _step_dtype() -> torch.dtype:
+def step_dtype() -> torch.dtype:
+    """Dtype of new step counters, as torch chooses it."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 

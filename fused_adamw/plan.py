@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
-from itertools import compress
+from itertools import chain, compress
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import storage as storing
 from .checks import check_tensors, param_name, refuse_overlaps
 from .kernels import table as t
 from .kernels.launch_parameters import architecture, launch_parameters
@@ -32,7 +33,8 @@ from .layouts import (
     same_strides,
 )
 from .norm import Ranks
-from .shards import local, local_state
+from .shards import Place, local, local_state, place_of
+from .storage import Storage
 
 Groups = Sequence[Mapping[str, Any]]
 Grads = Sequence[Tensor | None]
@@ -43,11 +45,12 @@ class Entry(NamedTuple):
     """A parameter that has a gradient, or had one in an earlier step."""
 
     place: int  # in the list of all params, one group after the other
+    position: int  # the same, but in a bucket of release.py that in the whole optimizer
     group: int
     name: str  # for messages
     param: Tensor  # as the optimizer and its state know it
     local: Tensor  # what lies on this rank: the param itself, unless it is a DTensor
-    moments: tuple[str, ...]  # keys of its state besides "step"
+    storage: Storage  # of its moments and its master
     grad: GradLayout  # where it has none in this step: as it was, or as it will most likely be
     dense: Tensor | None  # stand-in for a param with gaps in its memory, copied there and back
     grad_copy: Tensor | None  # the gradient in the param's layout, where its own is another
@@ -59,15 +62,21 @@ class Entries(NamedTuple):
 
     all: tuple[Entry, ...]
     params: list[Tensor]
-    amsgrad: list[bool]
+    keys: dict[str, list[bool]]  # of states, and which entries have them; no list: all
     sharded: bool  # whether some are DTensors
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Entries:
         """From the entries alone."""
-        amsgrad = [len(e.moments) > 2 for e in entries]
+        own = [e.storage.keys for e in entries]
+        keys = {key: [key in k for k in own] for key in dict.fromkeys(chain.from_iterable(own))}
         sharded = any(e.param is not e.local for e in entries)
-        return cls(tuple(entries), [e.param for e in entries], amsgrad, sharded)
+        return cls(
+            tuple(entries),
+            [e.param for e in entries],
+            {key: [] if all(has) else has for key, has in keys.items()},
+            sharded,
+        )
 
 
 class Look(NamedTuple):
@@ -77,7 +86,7 @@ class Look(NamedTuple):
     replaced is always noticed, wherever its memory is.
     """
 
-    groups: list[tuple[int, bool, bool]]  # number of params, amsgrad, differentiable
+    groups: list[tuple[Any, ...]]  # number of params, and the options that say what is stored
     params: Described
     states: list[int]  # addresses
     state_dtypes: list[torch.dtype]
@@ -109,6 +118,7 @@ class Plan:
     by_device: dict[torch.device, tuple[Entry, ...]]
     tables: dict[torch.device, t.Table]
     meshes: Mapping[Ranks, int]  # numbers of the sets of ranks that hold parts of gradients
+    norm_over: tuple[bool, Any]  # for which they were made: with a norm or not, its group
 
 
 def flat(groups: Groups) -> list[Tensor]:
@@ -149,8 +159,16 @@ def look(
         some = seen.states[i : i + IN_CACHE]
         addresses += map(Tensor.data_ptr, some)
         dtypes += [x.dtype for x in some]
-    counts = [(len(g["params"]), g["amsgrad"], g["differentiable"]) for g in groups]
-    return Look(counts, params, addresses, dtypes, present, grads), seen
+    options = [
+        (
+            len(g["params"]),
+            g["amsgrad"],
+            g["differentiable"],
+            *[g[key] for key in storing.OPTIONS if key in g],
+        )
+        for g in groups
+    ]
+    return Look(options, params, addresses, dtypes, present, grads), seen
 
 
 def states_of(entries: Entries, state: State) -> list[Tensor]:
@@ -160,9 +178,8 @@ def states_of(entries: Entries, state: State) -> list[Tensor]:
     states: list[Tensor] = []
     for i in range(0, len(dicts), IN_CACHE):
         part = dicts[i : i + IN_CACHE]
-        states += [s["exp_avg"] for s in part]
-        states += [s["exp_avg_sq"] for s in part]
-        states += [s["max_exp_avg_sq"] for s in compress(part, entries.amsgrad[i:])]
+        for key, has in entries.keys.items():
+            states += [s[key] for s in (compress(part, has[i:]) if has else part)]
         states += [s["step"] for s in part]
     return list(map(local, states)) if entries.sharded else states
 
@@ -214,15 +231,17 @@ def make_entries(
     known = {} if before is None else {e.place: (e.param, e.grad) for e in before.entries.all}
     entries, place = [], -1
     for number, group in enumerate(groups):
-        moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         for position, p in enumerate(group["params"]):
             place += 1
             grad, kept = grads[place], state.get(p, {})
             if group["differentiable"] or (grad is None and not kept):
                 continue
             name = param_name(group, number, position)
+            at = group["positions"][position] if "positions" in group else place
             here = local(p)
             check_tensors(name, here, grad, local_state(kept))
+            storing.check_storage(name, here, group)
+            storage = storing.storage_of(group, p)
             if grad is not None:
                 layout = grad_layout(grad)
             else:
@@ -234,7 +253,9 @@ def make_entries(
                 ):
                     layout = known[place][1]
             mesh = meshes[place] if meshes else 0
-            entries.append(Entry(place, number, name, p, here, moments, layout, None, None, mesh))
+            entries.append(
+                Entry(place, at, number, name, p, here, storage, layout, None, None, mesh)
+            )
     return Entries.of([_with_copies(e) for e in entries])
 
 
@@ -261,7 +282,7 @@ def refuse_shared_memory(
             ("memory", e.local if e.dense is None else e.dense),
             *local_state(state.get(e.param, {})).items(),
         )
-        if what in ("memory", *e.moments) and x.numel()
+        if what in ("memory", *e.storage.keys) and x.numel()
     )
 
 
@@ -273,6 +294,7 @@ def make_plan(
     on_kernel: Collection[torch.device],
     grads_here: Grads | None,
     meshes: Mapping[Ranks, int],
+    norm_over: tuple[bool, Any],
 ) -> tuple[Plan, Seen]:
     """The plan for checked entries whose state is there."""
     by_device: dict[torch.device, list[Entry]] = {}
@@ -298,6 +320,7 @@ def make_plan(
             for device in on_kernel
         },
         meshes=meshes,
+        norm_over=norm_over,
     )
     return plan, seen
 
@@ -330,19 +353,37 @@ def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.W
 
 
 def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
-    param = e.local if e.dense is None else e.dense
-    moments = [state[key] for key in e.moments]
-    dtypes = [REALS.get(d, d) for d in (param.dtype, e.grad.dtype, *(m.dtype for m in moments))]
-    at = [m.data_ptr() for m in moments]
+    param, storage = e.local if e.dense is None else e.dense, e.storage
+    at = {key: state[key].data_ptr() for key in storage.keys}
+    payloads = {name: storing.keys_of(name, d)[0] for name, d in storage.moments.items()}
+    first, second = payloads["exp_avg"], payloads["exp_avg_sq"]
+    signature = t.Signature(
+        param=REALS.get(param.dtype, param.dtype),
+        grad=REALS.get(e.grad.dtype, e.grad.dtype),
+        exp_avg=REALS.get(state[first].dtype, state[first].dtype),
+        exp_avg_sq=REALS.get(state[second].dtype, state[second].dtype),
+        amsgrad=storage.amsgrad,
+        master=storage.master,
+        stochastic=storage.stochastic,
+    )
+    place = place_of(e.name, e.param) if signature.random else Place()
     return t.Row(
         param=param.data_ptr(),
-        exp_avg=at[0],
-        exp_avg_sq=at[1],
-        max_exp_avg_sq=at[2] if len(at) > 2 else 0,
+        exp_avg=at[first],
+        exp_avg_sq=at[second],
+        max_exp_avg_sq=at[payloads["max_exp_avg_sq"]] if storage.amsgrad else 0,
         step=state["step"].data_ptr(),
         numel=param.numel() * (2 if param.is_complex() else 1),
         group=e.group,
-        signature=t.Signature(dtypes[0], dtypes[1], dtypes[2], dtypes[3], len(at) > 2),
+        signature=signature._replace(columns=place.inner != 0),
         step_is_double=state["step"].dtype == torch.float64,
         mesh=e.mesh,
+        master=at[storage.keys[-1]] if storage.master is not None else 0,
+        exp_avg_scale=at.get("exp_avg_scale", 0),
+        exp_avg_sq_scale=at.get("exp_avg_sq_scale", 0),
+        max_exp_avg_sq_scale=at.get("max_exp_avg_sq_scale", 0),
+        position=e.position,
+        first=place.first,
+        inner=place.inner,
+        inner_whole=place.inner_whole,
     )

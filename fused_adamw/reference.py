@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import formats
 from .kernels import table as t
+from .layouts import memory_line
+from .shards import Place
+from .storage import MASTER, REMAINDER, Storage
 
 # Elements: 1 MiB of each float32 stream. On 2 cores of an AMD EPYC with 32 MiB of L3, one thread:
 # 32k 2.5x, 64k 2.9x, 128k 3.3x, 256k 3.5x the speed of torch's default (one tensor of 20M).
@@ -122,9 +126,13 @@ def adamw(
             if value is not x:
                 x.copy_(value)
         if measures is not None and old is not None:
-            decayed = old * scalars.decay if scalars.decay else torch.zeros_like(old)
-            added = decayed.addcdiv_(m, d, value=scalars.neg_step_size)
-            measure(added, old, stored[0].to(compute), measures)
+            measure(_added(old, m, d, scalars), old, stored[0].to(compute), measures)
+
+
+def _added(old: Tensor, m: Tensor, d: Tensor, scalars: Scalars) -> Tensor:
+    """What an update was to add to p, decay included."""
+    decayed = old * scalars.decay if scalars.decay else torch.zeros_like(old)
+    return decayed.addcdiv_(m, d, value=scalars.neg_step_size)
 
 
 def measure(added: Tensor, old: Tensor, kept: Tensor, sums: Tensor) -> None:
@@ -136,6 +144,110 @@ def measure(added: Tensor, old: Tensor, kept: Tensor, sums: Tensor) -> None:
     sums[t.PARAM_SQUARES] += kept.double().square().sum()
     sums[t.ADDED] += added.count_nonzero()
     sums[t.LOST] += ((added != 0) & (kept == old)).count_nonzero()
+
+
+class Random(NamedTuple):
+    """What the random bits of one update of one tensor depend on."""
+
+    key0: int
+    key1: int
+    place: Place
+
+    def bits(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """32 bits for each element [start, stop) of the part that lies here, int64."""
+        index = torch.arange(start, stop, device=device)
+        first, inner, inner_whole = self.place
+        if inner:
+            index += index // inner * (inner_whole - inner)
+        return formats.random_bits(index + first, self.key0, self.key1)
+
+
+def adamw_stored(
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    storage: Storage,
+    scalars: Scalars,
+    random: Random,
+    store_grad: bool = False,
+    measures: Tensor | None = None,
+) -> None:
+    """Update one real tensor with a master, 8-bit moments or stochastic rounding, piece by piece.
+
+    Decodes, updates and encodes as kernels/adamw.py does; grad, param and states are dense and
+    share one layout.
+    """
+    lines = {key: memory_line(x) for key, x in state.items() if key in storage.keys}
+    lines |= {"param": memory_line(param), "grad": memory_line(grad)}
+    size = PIECE_PER_THREAD * torch.get_num_threads()  # whole quantisation blocks
+    for start in range(0, param.numel(), size):
+        piece = {
+            key: x[start // t.QUANT_BLOCK : -(-(start + size) // t.QUANT_BLOCK)]
+            if key.endswith("_scale")
+            else x[start : start + size]
+            for key, x in lines.items()
+        }
+        p, g = _decoded_param(piece), piece["grad"].float()
+        m, v, *maximum = (_decoded(name, piece) for name in storage.moments)
+        if g is piece["grad"]:
+            g = g.clone()
+        if store_grad:
+            piece["grad"].copy_(g * scalars.unscale)
+        old, d = None if measures is None else p.clone(), torch.empty_like(p)
+        adamw_update(p, g, m, v, maximum[0] if maximum else None, d, scalars)
+        bits = random.bits(start, start + len(p), p.device)
+        _encode_param(piece, p, (bits & 0xFFFF).int() if storage.stochastic else None)
+        high = (bits >> 16).int()
+        for name, x in zip(storage.moments, (m, v, *maximum), strict=True):
+            _encode(name, piece, x, high, storage.stochastic and name != "exp_avg")
+        if measures is not None and old is not None:
+            measure(_added(old, m, d, scalars), old, _decoded_param(piece), measures)
+
+
+def _decoded_param(piece: Mapping[str, Tensor]) -> Tensor:
+    param = piece["param"]
+    if REMAINDER in piece:
+        return formats.decode_remainder(param, piece[REMAINDER])
+    if MASTER in piece:
+        return formats.decode_master(param, piece[MASTER])
+    return param.to(torch.float32, copy=True)
+
+
+def _encode_param(piece: Mapping[str, Tensor], p: Tensor, random: Tensor | None) -> None:
+    param = piece["param"]
+    if REMAINDER in piece:
+        high, remainder = formats.encode_remainder(p)
+        param.copy_(high)
+        piece[REMAINDER].copy_(remainder)
+    elif MASTER in piece:
+        param.copy_(p)
+        piece[MASTER].copy_(p)
+    elif random is not None and param.dtype == torch.bfloat16:
+        param.copy_(formats.round_stochastic(p, random))
+    else:
+        param.copy_(p)
+
+
+def _decoded(name: str, piece: Mapping[str, Tensor]) -> Tensor:
+    if name in piece:
+        return piece[name].to(torch.float32, copy=True)
+    decode = formats.decode_signed if name == "exp_avg" else formats.decode_unsigned
+    return decode(piece[f"{name}_q"], piece[f"{name}_scale"])
+
+
+def _encode(
+    name: str, piece: Mapping[str, Tensor], x: Tensor, random: Tensor, stochastic: bool
+) -> None:
+    if name not in piece:
+        encoded = (
+            formats.encode_signed(x) if name == "exp_avg" else formats.encode_unsigned(x, random)
+        )
+        for key, value in zip(("_q", "_scale"), encoded, strict=True):
+            piece[name + key].copy_(value)
+    elif stochastic and piece[name].dtype == torch.bfloat16:
+        piece[name].copy_(formats.round_stochastic(x, random))
+    else:
+        piece[name].copy_(x)
 
 
 def sum_squares(grads: Iterable[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -40,18 +41,76 @@ def local_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_param(x: Tensor, param: Tensor) -> Tensor:
-    """A tensor that lies on this rank as a DTensor of the param's mesh and placements."""
+    """A tensor that lies on this rank as a DTensor of the param's mesh and placements.
+
+    x has the local shape of the param, or is [rows, n] with one part in n of each row's elements.
+    """
     if not is_sharded(param):
         return x
+    shape, stride = param.shape, param.stride()
+    if x.shape != param._local_tensor.shape:  # exponents of 8-bit moments
+        columns = param.shape[1:].numel()
+        own = param._local_tensor.shape[1:].numel()
+        shape = torch.Size((param.shape[0], columns * x.shape[1] // own if own else 0))
+        stride = (shape[1], 1)
     made: Tensor = type(param).from_local(
-        x,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
+        x, param.device_mesh, param.placements, run_check=False, shape=shape, stride=stride
     )
     return made
+
+
+def whole_rows_of(param: DTensor, block: int) -> bool:
+    """Whether the rows of a DTensor are whole blocks of elements on each rank, one by one."""
+    here = param._local_tensor
+    if param.dim() < 2 or not here.is_contiguous() or param.shape[1:].numel() % block:
+        return False
+    parts = 1
+    for dimension, placement in enumerate(param.placements):
+        if placement.is_shard(1) and param.dim() == 2:
+            parts *= param.device_mesh.size(dimension)
+        elif not (placement.is_shard(0) or placement.is_replicate()):
+            return False
+    return param.shape[1] % (parts * block) == 0 if parts > 1 else True
+
+
+class Place(NamedTuple):
+    """Where a shard's elements lie in the whole tensor, both row-major.
+
+    Element i is its element first + i // inner * inner_whole + i % inner; with inner 0, first + i.
+    """
+
+    first: int = 0
+    inner: int = 0
+    inner_whole: int = 0
+
+
+def place_of(name: str, param: Tensor) -> Place:
+    """Where the elements on this rank lie in the whole param.
+
+    Raises:
+        RuntimeError: a DTensor sharded on more than the first and one other dimension.
+    """
+    if not is_sharded(param):
+        return Place()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    others = [d for d in range(1, param.dim()) if shape[d] != param.shape[d]]
+    if len(others) > 1 or not param._local_tensor.is_contiguous():
+        raise RuntimeError(
+            f"{name} is a DTensor of {param.placements}: stochastic rounding and 8-bit moments "
+            "need to know where its elements lie in the whole tensor, and can tell for contiguous "
+            "shards of the first dimension and at most one other. Use neither for its group."
+        )
+    if not others:
+        return Place(offset[0] * param.shape[1:].numel() if param.dim() else 0)
+    cut = others[0]
+    behind = param.shape[cut + 1 :].numel()
+    inner, inner_whole = shape[cut] * behind, param.shape[cut] * behind
+    before = offset[0] * param.shape[1:cut].numel() * inner_whole
+    return Place(before + offset[cut] * behind, inner, inner_whole)
 
 
 class LocalGrads(NamedTuple):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import MOMENTS, check_state, param_name
-from .layouts import FLOATS, is_dense, same_strides
-from .shards import as_param, local, local_of_loaded, local_state
+from . import storage as storing
+from .checks import MOMENTS, STORED, check_state, param_name
+from .layouts import FLOATS, is_dense
+from .shards import as_param, is_sharded, local, local_of_loaded, local_state
 
 if TYPE_CHECKING:
     from .plan import Entry, Groups, State
@@ -20,17 +21,14 @@ if TYPE_CHECKING:
 
 def lacks_state(entries: Iterable[Entry], state: State) -> bool:
     """Whether `init_state` has anything to do."""
-    return any(_lacking(e, local_state(state.get(e.param, {}))) for e in entries)
+    own = ((e, local_state(state.get(e.param, {}))) for e in entries)
+    return any(_lacking(e, s) or storing.unwanted(e.storage, s) for e, s in own)
 
 
 def _lacking(e: Entry, s: Mapping[str, Any]) -> list[str]:
     """Keys of the state that are missing, or not as the update wants them."""
     like, step = e.local if e.dense is None else e.dense, s.get("step")
-    keys = [
-        key
-        for key in e.moments
-        if key not in s or not same_strides(like.shape, s[key].stride(), like.stride())
-    ]
+    keys = storing.lacking(e.storage, like, s)
     packed = isinstance(step, Tensor) and step.dim() == 0 and step.device == like.device
     if not packed or step.dtype not in FLOATS[:2]:  # type: ignore[union-attr]  # a tensor if packed
         keys.append("step")
@@ -38,36 +36,37 @@ def _lacking(e: Entry, s: Mapping[str, Any]) -> list[str]:
 
 
 def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) -> None:
-    """Give each entry what is missing of its state, in the param's layout.
+    """Give each entry what is missing of its state, in the param's layout and its group's formats.
 
     Steps are packed by device. Waits for a device only where a step of the user's own lies there in
     another form than ours. All is allocated before any state is changed, so that running out of
     memory leaves them as they were.
     """
-    made: list[tuple[Tensor, dict[str, Tensor]]] = []
+    made: list[tuple[Tensor, dict[str, Tensor], list[str]]] = []
     unpacked: dict[torch.device, list[tuple[dict[str, Tensor], Any]]] = {}
     for e in entries:
         s = local_state(state.get(e.param, {}))
         like = e.local if e.dense is None else e.dense
-        new: dict[str, Tensor] = {}
-        for key in _lacking(e, s):
-            if key == "step":
-                unpacked.setdefault(like.device, []).append((new, s.get("step", 0)))
-            elif key in s:
-                new[key] = torch.empty_like(like, dtype=s[key].dtype).copy_(s[key])
-            else:
-                kept = s.get("exp_avg_sq") if key == "max_exp_avg_sq" else None
-                dtype = like.dtype if kept is None else kept.dtype  # of one signature
-                new[key] = torch.zeros_like(like, dtype=dtype)
-        made.append((e.param, new))
+        keys = _lacking(e, s)
+        new = storing.make(e.storage, like, s, keys)
+        if "step" in keys:
+            unpacked.setdefault(like.device, []).append((new, s.get("step", 0)))
+        made.append((e.param, new, storing.unwanted(e.storage, s)))
     for device, waiting in unpacked.items():
         steps = pack_steps([step for _, step in waiting], step_dtype, device)
         for (new, _), step in zip(waiting, steps, strict=True):
             new["step"] = step
-    for param, new in made:
+    for param, new, unwanted in made:
         if new:
-            moments = {key: as_param(new[key], param) for key in MOMENTS if key in new}
-            state[param].update({k: new[k] for k in ("step",) if k in new} | moments)
+            state[param].update(_in_order(new, param))
+        for key in unwanted:
+            del state[param][key]
+
+
+def _in_order(new: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+    """The step first, as torch has it; what else there is, as the param is sharded."""
+    step = {"step": new["step"]} if "step" in new else {}
+    return step | {key: as_param(x, param) for key, x in new.items() if key != "step"}
 
 
 def pack_steps(
@@ -96,12 +95,34 @@ def _numbers(values: Sequence[float | Tensor]) -> list[float]:
     return numbers
 
 
+class Loaded:
+    """A tensor of a checkpoint on its way through torch's `Optimizer.load_state_dict`.
+
+    That would cast all it finds to the param's dtype: codes and float32 moments, too.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def as_loaded(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict whose tensors torch does not see."""
+    state = {
+        key: {k: Loaded(x) if isinstance(x, Tensor) else x for k, x in s.items()}
+        if isinstance(s, Mapping)
+        else s
+        for key, s in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
 def own_state(
     state: Mapping[Any, Any], groups: Groups, step_dtype: torch.dtype
 ) -> defaultdict[Any, dict[str, Any]]:
-    """A copy of loaded state that shares no memory with it, in the params' dtype and layout.
+    """A copy of copied or loaded state that shares no memory with it, in the params' layouts.
 
-    Steps are packed by device; old checkpoints keep them as Python numbers.
+    What was loaded becomes what its group wants, by default in the param's dtype, as in torch; a
+    copied state stays as it is. Steps are packed by device; old checkpoints keep them as numbers.
 
     Raises:
         RuntimeError, TypeError: a state that does not fit its param.
@@ -114,20 +135,12 @@ def own_state(
             if not state.get(p):
                 continue
             name = param_name(group, number, position)
-            here = local(p)
-            loaded = {
-                key: local_of_loaded(x, p) if key in MOMENTS else x for key, x in state[p].items()
-            }
-            check_state(name, here, loaded)
-            like = here
-            if not is_dense(like):
-                like = torch.empty_like(like, memory_format=torch.preserve_format)
-            own[p] = {
-                key: as_param(_copy(x, like), p) if key in MOMENTS else deepcopy(x)
-                for key, x in loaded.items()
-                if key != "step"
-            }
-            steps.setdefault(here.device, []).append((own[p], state[p]["step"]))
+            storing.check_storage(name, local(p), group)
+            storage = storing.storage_of(group, p)
+            given = _loaded(storage, state[p], p)
+            check_state(name, local(p), given)
+            own[p] = _own(storage, given, p)
+            steps.setdefault(local(p).device, []).append((own[p], given["step"]))
     for device, counted in steps.items():
         values = [x for _, x in counted]
         for (s, _), step in zip(counted, pack_steps(values, step_dtype, device), strict=True):
@@ -135,5 +148,39 @@ def own_state(
     return own
 
 
-def _copy(x: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x.detach())
+def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    """A copied or loaded state as it lies on this rank; what was loaded in its device and dtype."""
+    found: dict[str, Any] = {k: x.tensor for k, x in state.items() if isinstance(x, Loaded)}
+    if is_sharded(param):  # a whole one is decoded before it is cut
+        for name in MOMENTS:
+            code = found.get(f"{name}_q")
+            if code is not None and not is_sharded(code):
+                found[name] = storing.decoded(name, found)
+                del found[f"{name}_q"], found[f"{name}_scale"]
+    for key in found.keys() & STORED.keys():
+        x = local_of_loaded(found[key], param).detach().to(local(param).device)
+        if key in MOMENTS and storage.moments.get(key) is None and not param.is_complex():
+            x = x.to(param.dtype)
+        found[key] = x
+    rest = {k: local(x) if isinstance(x, Tensor) else x for k, x in state.items() if k not in found}
+    return rest | found
+
+
+def _own(storage: storing.Storage, given: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+    like = local(param)
+    if not is_dense(like):
+        like = torch.empty_like(like, memory_format=torch.preserve_format)
+    lacking = [k for k in storing.lacking(storage, like, given) if storing.known(k, given)]
+    made = storing.make(storage, like, given, lacking)
+    unwanted = storing.unwanted(storage, given)
+    own: dict[str, Any] = {}
+    for key, x in given.items():
+        if key in made or key in unwanted or key == "step":
+            continue
+        if key.endswith("_scale") and key in STORED:
+            made[key] = x.clone().view(storing.scale_shape(like))
+        elif key in STORED:
+            made[key] = torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x.detach())
+        else:
+            own[key] = deepcopy(x)
+    return own | {key: as_param(x, param) for key, x in made.items()}

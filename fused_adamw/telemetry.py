@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,28 +95,33 @@ def _layout(entries: Sequence[Entry], table: t.Table | None) -> Layout:
     return Layout(first, numels, groups, meshes, table.n_programs, table.blocks_per_chunk)
 
 
-def read(telemetry: Telemetry | None, n_groups: int, device: torch.device) -> dict[str, Tensor]:
-    """NAMES -> float64 [n_groups], of all devices and ranks. One all-reduce a process group.
+def read(
+    telemetry: Telemetry | None, n_groups: int, device: torch.device, given: Any
+) -> dict[str, Tensor]:
+    """NAMES -> float64 [n_groups], of all devices and ranks; all-reduces as norm.py's `add_up`.
 
-    device: where the result lies if this rank has updated nothing.
+    device: where the result lies if this rank has updated nothing. given: the grad_norm_group.
     """
-    if telemetry is None:
-        return {x: torch.zeros(n_groups, dtype=torch.float64, device=device) for x in NAMES}
-    parts = [
-        _by_group(telemetry.layouts[here], measures, telemetry)
-        for here, measures in telemetry.measures.items()
-    ]
-    if parts:
-        # on the way to the CPU the host has to wait: it reads there
-        to = parts[0].device
-        total = torch.stack([x.to(to, non_blocking=to.type != "cpu") for x in parts]).sum(0)
-    else:
-        shape = len(telemetry.meshes), telemetry.n_groups, t.MEASURES + 1
-        total = torch.zeros(shape, dtype=torch.float64, device=device)
-    for ranks, mesh in telemetry.meshes.items():
-        for process_group in ranks:
-            torch.distributed.all_reduce(total[mesh], group=process_group)
-    sums = pad(total.sum(0), (0, 0, 0, n_groups - telemetry.n_groups)).unbind(1)
+    shape = n_groups, t.MEASURES + 1
+    alone = torch.zeros(shape, dtype=torch.float64, device=device)  # not to be added over `given`
+    shared = torch.zeros_like(alone)
+    if telemetry is not None:
+        parts = [
+            _by_group(telemetry.layouts[here], measures, telemetry)
+            for here, measures in telemetry.measures.items()
+        ]
+        own = (len(telemetry.meshes), telemetry.n_groups, t.MEASURES + 1)
+        total = torch.zeros(own, dtype=torch.float64, device=device)
+        for x in parts:  # on the way to the CPU the host has to wait: it reads there
+            total += x.to(device, non_blocking=device.type != "cpu")
+        total = pad(total, (0, 0, 0, n_groups - telemetry.n_groups))
+        for ranks, mesh in telemetry.meshes.items():
+            for process_group in ranks.mesh:
+                torch.distributed.all_reduce(total[mesh], group=process_group)
+            (shared if ranks.given else alone).add_(total[mesh])
+    if given is not None:
+        torch.distributed.all_reduce(shared, group=given)
+    sums = (alone + shared).unbind(1)
     elements, updates = (x.clamp(min=1) for x in (sums[t.MEASURES], sums[t.ADDED]))
     values = (
         (sums[t.ADDED_SQUARES] / elements).sqrt(),

@@ -8,12 +8,25 @@ import triton.language as tl
 from torch import Tensor
 
 from . import table as t
+from .codecs import (
+    _decode_master,
+    _decode_remainder,
+    _decode_signed,
+    _decode_unsigned,
+    _encode_remainder,
+    _encode_signed,
+    _encode_unsigned,
+    _random_bits,
+    _round_stochastic,
+)
 from .columns import (
     ACTIVE,
     DECAY,
     EPSILON,
     GRAD_FACTOR,
     GROUP_WORDS,
+    KEY0,
+    KEY1,
     L2,
     MEASURES,
     NEG_STEP_SIZE,
@@ -34,7 +47,15 @@ _SIGNATURE = tl.constexpr(t.SIGNATURE)
 _ADDED_SQUARES = tl.constexpr(t.ADDED_SQUARES)
 _ADDED = tl.constexpr(t.ADDED)
 _LOST = tl.constexpr(t.LOST)
+_MASTER = tl.constexpr(t.MASTER)
+_EXP_AVG_SCALE = tl.constexpr(t.EXP_AVG_SCALE)
+_EXP_AVG_SQ_SCALE = tl.constexpr(t.EXP_AVG_SQ_SCALE)
+_MAX_EXP_AVG_SQ_SCALE = tl.constexpr(t.MAX_EXP_AVG_SQ_SCALE)
+_FIRST = tl.constexpr(t.FIRST)
+_INNER = tl.constexpr(t.INNER)
+_INNER_WHOLE = tl.constexpr(t.INNER_WHOLE)
 
+_QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
 
 _TRITON_DTYPES = {
@@ -42,6 +63,9 @@ _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
+    None: None,
 }
 
 
@@ -133,6 +157,62 @@ def _store(at, value, mask, CACHE: tl.constexpr, EVICTION: tl.constexpr):
 
 
 @triton.jit
+def _exponents_at(tensor, start, COLUMN: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to the exponents of a block's quantisation blocks."""
+    at = tl.load(tensor + COLUMN).to(tl.pointer_type(tl.uint8))
+    return at + start // _QUANT_BLOCK + tl.arange(0, BLOCK // _QUANT_BLOCK)
+
+
+@triton.jit
+def _exponents_mask(first, last, BLOCK: tl.constexpr):
+    begin = tl.arange(0, BLOCK // _QUANT_BLOCK) * _QUANT_BLOCK
+    return (begin >= first) & (begin < last)
+
+
+@triton.jit
+def _random(tensor, scalars, start, lane, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """32 random bits for each element, by its place in the whole tensor."""
+    i = start + lane
+    if COLUMNS:  # each row leaves out those of the whole tensor's elements that others have
+        inner = tl.load(tensor + _INNER)
+        row = start // inner
+        begun = lane - tl.minimum((row + 1) * inner - start, BLOCK).to(tl.int32)
+        more = begun // tl.minimum(inner, BLOCK).to(tl.int32) + 1
+        row += tl.where(begun < 0, 0, more)
+        i += row * (tl.load(tensor + _INNER_WHOLE) - inner)
+    keys = scalars.to(tl.pointer_type(tl.uint32), bitcast=True)
+    index = i + tl.load(tensor + _FIRST)
+    return _random_bits(index, tl.load(keys + KEY0), tl.load(keys + KEY1))
+
+
+@triton.jit
+def _load_second(
+    at, exponents_at, mask, exponents_mask, FORMAT: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr, CACHE: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    x = _load(at, mask, CACHE, EVICTION)
+    if FORMAT == tl.uint8:
+        exponents = tl.load(exponents_at, mask=exponents_mask, other=0)
+        return _decode_unsigned(x, exponents, BLOCK)
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def _store_second(
+    at, exponents_at, x, random, mask, exponents_mask, FORMAT: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    if FORMAT == tl.uint8:
+        code, exponents = _encode_unsigned(x, random, BLOCK)
+        tl.store(exponents_at, exponents, mask=exponents_mask)
+        _store(at, code, mask, CACHE, EVICTION)
+    elif STOCHASTIC and FORMAT == tl.bfloat16:
+        _store(at, _round_stochastic(x, random), mask, CACHE, EVICTION)
+    else:
+        _store(at, x.to(FORMAT), mask, CACHE, EVICTION)
+
+
+@triton.jit
 def _block(
     tensor,  # the tensor's row of the table
     grad,  # address
@@ -145,6 +225,9 @@ def _block(
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    MASTER: tl.constexpr,  # None, int16 or float32
+    STOCHASTIC: tl.constexpr,
+    COLUMNS: tl.constexpr,  # a shard of columns
     ALIGNED: tl.constexpr,  # then first is 0
     STORE_GRAD: tl.constexpr,
     MEASURE: tl.constexpr,
@@ -161,18 +244,37 @@ def _block(
     mask = lane < last
     if not ALIGNED:
         mask &= lane >= first
+    exponents_mask = _exponents_mask(first, last, BLOCK)
     p_at = _at(tl.load(tensor + _PARAM), start, lane, PARAM, ALIGNED)
     g_at = _at(grad, start, lane, GRAD, ALIGNED)
     m_at = _at(tl.load(tensor + _EXP_AVG), start, lane, EXP_AVG, ALIGNED)
     v_at = _at(tl.load(tensor + _EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
+    m_exponents_at = _exponents_at(tensor, start, _EXP_AVG_SCALE, BLOCK)
+    v_exponents_at = _exponents_at(tensor, start, _EXP_AVG_SQ_SCALE, BLOCK)
     g = _load(g_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
-    m = _load(m_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
-    v = _load(v_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
-    p = _load(p_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
+    m = _load(m_at, mask, LOAD_CACHE, EVICTION)
+    if EXP_AVG == tl.uint8:
+        m = _decode_signed(m, tl.load(m_exponents_at, mask=exponents_mask, other=0), BLOCK)
+    else:
+        m = m.to(COMPUTE)
+    v = _load_second(
+        v_at, v_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, BLOCK, LOAD_CACHE, EVICTION
+    )
+    p = _load(p_at, mask, LOAD_CACHE, EVICTION)
+    if MASTER is None:
+        p = p.to(COMPUTE)
+    else:
+        master_at = _at(tl.load(tensor + _MASTER), start, lane, MASTER, ALIGNED)
+        master = _load(master_at, mask, LOAD_CACHE, EVICTION)
+        p = _decode_remainder(p, master) if MASTER == tl.int16 else _decode_master(p, master)
     v_max = v
     if AMSGRAD:
         v_max_at = _at(tl.load(tensor + _MAX_EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
-        v_max = _load(v_max_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
+        v_max_exponents_at = _exponents_at(tensor, start, _MAX_EXP_AVG_SQ_SCALE, BLOCK)
+        v_max = _load_second(
+            v_max_at, v_max_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, BLOCK,
+            LOAD_CACHE, EVICTION,
+        )  # fmt: skip
 
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
         unscaled = (g * tl.load(scalars + UNSCALE)).to(GRAD)
@@ -195,12 +297,45 @@ def _block(
         EXACT,
         1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38,
     )
-    kept = p.to(PARAM)
-    _store(p_at, kept, mask, STORE_CACHE, EVICTION)
-    _store(m_at, m.to(EXP_AVG), mask, STORE_CACHE, EVICTION)
-    _store(v_at, v.to(EXP_AVG_SQ), mask, STORE_CACHE, EVICTION)
+    if not ALIGNED:  # else whole quantisation blocks are masked, and their codes are not stored
+        if EXP_AVG == tl.uint8:
+            m = tl.where(mask, m, 0.0)
+        if EXP_AVG_SQ == tl.uint8:
+            v, v_max = tl.where(mask, v, 0.0), tl.where(mask, v_max, 0.0)
+    for_param, for_second = 0, 0
+    if STOCHASTIC or EXP_AVG_SQ == tl.uint8:
+        random = _random(tensor, scalars, start, lane, COLUMNS, BLOCK)
+        for_param = (random & 0xFFFF).to(tl.int32)
+        for_second = (random >> 16).to(tl.int32)
+    kept = p  # as it is read in the next step: masters are exact
+    if MASTER == tl.int16:
+        high, remainder = _encode_remainder(p)
+        _store(p_at, high, mask, STORE_CACHE, EVICTION)
+        _store(master_at, remainder, mask, STORE_CACHE, EVICTION)
+    elif MASTER == tl.float32:
+        _store(p_at, p.to(PARAM), mask, STORE_CACHE, EVICTION)
+        _store(master_at, p, mask, STORE_CACHE, EVICTION)
+    elif STOCHASTIC and PARAM == tl.bfloat16:
+        kept = _round_stochastic(p, for_param)
+        _store(p_at, kept, mask, STORE_CACHE, EVICTION)
+    else:
+        kept = p.to(PARAM)
+        _store(p_at, kept, mask, STORE_CACHE, EVICTION)
+    if EXP_AVG == tl.uint8:
+        code, exponents = _encode_signed(m, BLOCK)
+        tl.store(m_exponents_at, exponents, mask=exponents_mask)
+        _store(m_at, code, mask, STORE_CACHE, EVICTION)
+    else:
+        _store(m_at, m.to(EXP_AVG), mask, STORE_CACHE, EVICTION)
+    _store_second(
+        v_at, v_exponents_at, v, for_second, mask, exponents_mask, EXP_AVG_SQ, STOCHASTIC, BLOCK,
+        STORE_CACHE, EVICTION,
+    )  # fmt: skip
     if AMSGRAD:
-        _store(v_max_at, v_max.to(EXP_AVG_SQ), mask, STORE_CACHE, EVICTION)
+        _store_second(
+            v_max_at, v_max_exponents_at, v_max, for_second, mask, exponents_mask, EXP_AVG_SQ,
+            STOCHASTIC, BLOCK, STORE_CACHE, EVICTION,
+        )  # fmt: skip
     measures = tl.zeros([MEASURES], tl.float32)
     if MEASURE:
         measures = _measure(added, old, kept.to(COMPUTE), mask)
@@ -218,14 +353,21 @@ def _dispatch(
     measures = tl.zeros([MEASURES], tl.float32)
     addresses = tl.load(tensor + _PARAM) | tl.load(tensor + _EXP_AVG) | grad
     addresses |= tl.load(tensor + _EXP_AVG_SQ) | tl.load(tensor + _MAX_EXP_AVG_SQ)
+    addresses |= tl.load(tensor + _MASTER)
     size = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    # Elements before `vectors` go in 128-bit accesses; the bound is a multiple of the vector, else
-    # the mask would break them up. What is left, at most 7 elements or all of an unaligned tensor,
-    # goes one by one. Each path casts its own pointers: a shared one would carry the hint across.
-    vectors = tl.where(addresses % 16 == 0, size // _VECTOR, 0) * _VECTOR
+    aligned = addresses % 16 == 0
     signature = tl.load(tensor + _SIGNATURE)
     for i in tl.static_range(len(SIGNATURES)):
         if signature == i:
+            # Elements before `vectors` go in 128-bit accesses; the bound is a multiple of the
+            # vector, else the mask would break them up. What is left goes one by one: at most 7
+            # elements, in 8-bit formats at most 63, so that no quantisation block is cut in two,
+            # or all of an unaligned tensor. Each path casts its own pointers: a shared one would
+            # carry the hint across.
+            if SIGNATURES[i][2] == tl.uint8 or SIGNATURES[i][3] == tl.uint8:
+                vectors = tl.where(aligned, size // _QUANT_BLOCK, 0) * _QUANT_BLOCK
+            else:
+                vectors = tl.where(aligned, size // _VECTOR, 0) * _VECTOR
             if SIGNATURES[i][0] == tl.float64:
                 row = scalars64 + index * SCALARS
             else:
@@ -234,15 +376,15 @@ def _dispatch(
                 measures += _block(
                     tensor, grad, row, start, 0, vectors,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
-                    SIGNATURES[i][4], True, STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE,
-                    STORE_CACHE, EVICTION,
+                    SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
+                    STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
                     tensor, grad, row, start, vectors, size,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
-                    SIGNATURES[i][4], False, STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE,
-                    STORE_CACHE, EVICTION,
+                    SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
+                    STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
                 )  # fmt: skip
     return measures
 
@@ -256,7 +398,7 @@ def _adamw(
     n_groups,
     n_tensors,
     blocks_per_chunk,
-    SIGNATURES: tl.constexpr,  # ((param, grad, exp_avg, exp_avg_sq, amsgrad), ...)
+    SIGNATURES: tl.constexpr,  # t.Signature as a tuple, in Triton's dtypes
     STORE_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # of a program
@@ -295,7 +437,10 @@ def _adamw(
 
 def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[object, ...], ...]:
     """Signatures as the kernel takes them: Triton's dtypes in place of torch's."""
-    return tuple((*(_TRITON_DTYPES[d] for d in s[:4]), s.amsgrad) for s in signatures)
+    return tuple(
+        (*(_TRITON_DTYPES[d] for d in s[:4]), s.amsgrad, _TRITON_DTYPES[s.master], *s[6:])
+        for s in signatures
+    )
 
 
 def launch_options(
@@ -309,9 +454,9 @@ def launch_options(
     and float64 120.
     """
     mixed = len({dtype for s in table.signatures for dtype in s[:4]}) > 1
+    wide = table.float64 or store_grad or any(s.quantised or s.columns for s in table.signatures)
     nvidia = device.type == "cuda" and torch.version.hip is None
-    plain = not (table.float64 or store_grad or measure)
-    cap = nvidia and mixed and plain and table.parameters.maxnreg
+    cap = nvidia and mixed and not (wide or measure) and table.parameters.maxnreg
     return {
         "num_warps": table.parameters.num_warps,
         "enable_fp_fusion": False,

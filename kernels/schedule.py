@@ -13,12 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import table as t
+from .codecs import _random_keys
 from .columns import (
     ACTIVE,
     DECAY,
     EPSILON,
     GRAD_FACTOR,
     GROUP_WORDS,
+    KEY0,
+    KEY1,
     L2,
     NEG_STEP_SIZE,
     RSQRT_BIAS2,
@@ -44,6 +47,8 @@ _NORM = tl.constexpr(t.NORM)
 _CLIP_FACTOR = tl.constexpr(t.CLIP_FACTOR)
 _SKIPPED = tl.constexpr(t.SKIPPED)
 _SUMS = tl.constexpr(t.SUMS)
+_SEED = tl.constexpr(t.SEED)
+_POSITION = tl.constexpr(t.POSITION)
 _STEP = tl.constexpr(t.STEP)
 _NUMEL = tl.constexpr(t.NUMEL)
 _GROUP = tl.constexpr(t.GROUP)
@@ -198,6 +203,12 @@ def _schedule(
     decay = tl.where(decoupled, -lr * weight_decay, zero)
     _put(scalars, scalars64, tensor, mask, decay, DECAY, FLOAT64)
     _put(scalars, scalars64, tensor, mask, tl.where(decoupled, zero, weight_decay), L2, FLOAT64)
+
+    seed = tl.load(group + _SEED, mask=mask, other=0)
+    key0, key1 = _random_keys(seed, step, tl.load(row + _POSITION, mask=mask, other=0))
+    keys = (scalars + tensor * SCALARS).to(tl.pointer_type(tl.uint32), bitcast=True)
+    tl.store(keys + KEY0, key0, mask=mask)
+    tl.store(keys + KEY1, key1, mask=mask)
 
 
 class Norm(NamedTuple):

@@ -38,17 +38,24 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY = range(5)  # float64 bits
 LR_AT, BETA1_AT, BETA2_AT = range(5, 8)  # address of a device scalar, 0 = use the value above
 FLAGS = 8  # bit 0 maximize, bit 1 decoupled, then 2 bits of dtype code for lr, beta1, beta2
 MAX_NORM = 9  # float64 bits; of all gradients, so every group has the same; infinity: no clipping
-GROUP_WORDS = 10
+SEED = 10
+GROUP_WORDS = 11
 MAXIMIZE, DECOUPLED, CODES_SHIFT = 1, 2, 2
 SCALAR_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # words of a row of `tensors`
 PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, NUMEL, GROUP, SIGNATURE, STEP_IS_DOUBLE = range(9)
 MESH = 9  # tensors whose squares are added up over the same ranks have the same number
-TENSOR_WORDS = 10
+MASTER = 10  # address of the remainder or the float32 copy, 0 = none
+EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, MAX_EXP_AVG_SQ_SCALE = range(11, 14)  # of 8-bit moments, else 0
+POSITION = 14  # among all params: what the random bits of two tensors differ by
+# element i of a shard is element FIRST + i // INNER * INNER_WHOLE + i % INNER of the whole tensor
+FIRST, INNER, INNER_WHOLE = range(15, 18)
+TENSOR_WORDS = 18
 
 # columns of the scalars that the schedule writes for each tensor; a row is 64 bytes in float32
 ACTIVE, GRAD_FACTOR, UNSCALE, W1, W2, RSQRT_BIAS2, EPSILON, NEG_STEP_SIZE, DECAY, L2 = range(10)
+KEY0, KEY1 = 10, 11  # of the random bits: uint32, in float32 rows alone
 SCALARS = 16
 
 SUMS = (
@@ -61,6 +68,19 @@ METRICS = 3
 ADDED_SQUARES, PARAM_SQUARES, ADDED, LOST = range(4)  # ADDED, LOST: numbers of elements
 MEASURES = 4
 
+# 8-bit moments: blocks of elements share an exponent, uint8 as in torch.float8_e8m0fnu. A code is
+# cut out of the bits of |x| / 2^exponent + FLOOR, so codes are linear up to FLOOR and logarithmic
+# above; fused_adamw/formats.py has the measurements that chose them.
+QUANT_BLOCK = 64
+SIGNED_MANTISSA, SIGNED_FLOOR = 5, 2.0**-3  # 4 binades of 32 codes, and a sign
+UNSIGNED_MANTISSA, UNSIGNED_FLOOR = 4, 2.0**-15  # 16 binades of 16 codes
+SIGNED_ZERO = (127 - 3) << SIGNED_MANTISSA  # of the floor: what the code 0 is in the cut
+UNSIGNED_ZERO = (127 - 15) << UNSIGNED_MANTISSA
+# What is added to the bits of a block's largest before its exponent is taken, so that nothing that
+# is rounded up leaves the codes: 2 is the end, and floor and (half of) a code come on top.
+SIGNED_CARRY = (1 << 20) + (1 << 17)
+UNSIGNED_CARRY = 1 << 19
+
 EMPTY_GRAD = 1  # stands for the address of a gradient without elements: present, never read
 
 
@@ -69,9 +89,12 @@ class Signature(NamedTuple):
 
     param: torch.dtype
     grad: torch.dtype
-    exp_avg: torch.dtype
+    exp_avg: torch.dtype  # uint8: 8-bit codes
     exp_avg_sq: torch.dtype
     amsgrad: bool
+    master: torch.dtype | None = None  # int16: the remainder of bf16 params; float32: a copy
+    stochastic: bool = False  # bf16 params without master and bf16 second moments
+    columns: bool = False  # random bits for a shard whose rows are parts of the whole's
 
     @property
     def compute(self) -> torch.dtype:
@@ -79,10 +102,23 @@ class Signature(NamedTuple):
         return torch.float64 if self.param == torch.float64 else torch.float32
 
     @property
-    def bytes_per_element(self) -> int:
+    def quantised(self) -> bool:
+        """Whether a moment is kept in 8 bits."""
+        return torch.uint8 in (self.exp_avg, self.exp_avg_sq)
+
+    @property
+    def random(self) -> bool:
+        """Whether some store is rounded stochastically."""
+        return self.stochastic or self.exp_avg_sq == torch.uint8
+
+    @property
+    def bytes_per_element(self) -> float:
         """Bytes read and written for one element: the floor of DESIGN section 8."""
-        kept = self.param.itemsize + self.exp_avg.itemsize
-        kept += self.exp_avg_sq.itemsize * (2 if self.amsgrad else 1)
+        moments = [self.exp_avg, *[self.exp_avg_sq] * (2 if self.amsgrad else 1)]
+        kept: float = self.param.itemsize + sum(x.itemsize for x in moments)
+        kept += moments.count(torch.uint8) / QUANT_BLOCK
+        if self.master is not None:
+            kept += self.master.itemsize
         return 2 * kept + self.grad.itemsize
 
 
@@ -99,6 +135,14 @@ class Row(NamedTuple):
     signature: Signature
     step_is_double: bool
     mesh: int = 0
+    master: int = 0
+    exp_avg_scale: int = 0
+    exp_avg_sq_scale: int = 0
+    max_exp_avg_sq_scale: int = 0
+    position: int = 0
+    first: int = 0
+    inner: int = 0  # 0: the whole tensor is here, or rows of it in a stretch
+    inner_whole: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +218,7 @@ def build(
     signatures = tuple(sorted({row.signature for row in rows}, key=str))
     code = {signature: i for i, signature in enumerate(signatures)}
     tensors = np.array(
-        [[*row[:7], code[row.signature], row.step_is_double, row.mesh] for row in rows],
+        [[*row[:7], code[row.signature], *row[8:]] for row in rows],
         dtype=np.int64,
     ).reshape(len(rows), TENSOR_WORDS)
     chunks, blocks_per_chunk = plan_chunks(tensors[:, NUMEL], parameters.elements)

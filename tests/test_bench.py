@@ -1,32 +1,27 @@
 """bench/cases.py has the architectures' own shapes, and bench/step.py runs to its end."""
 
 import dataclasses
-import importlib.util
+import functools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tarfile
+import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import cases
+import machine
+import providers
 import pytest
+import step
+import timing
 import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture(scope="module")
-def cases() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_cases", BENCH / "cases.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -49,13 +44,13 @@ def cases() -> ModuleType:
         pytest.param("1Gi", 1, 1, 2**30, id="1Gi"),
     ],
 )
-def test_totals(cases: ModuleType, name: str, tensors: int, groups: int, numel: int | None) -> None:
+def test_totals(name: str, tensors: int, groups: int, numel: int | None) -> None:
     case = cases.CASES[name]
     assert (case.tensors, len(case.groups)) == (tensors, groups)
     assert numel is None or case.numel == numel
 
 
-def test_names_are_unique(cases: ModuleType) -> None:
+def test_names_are_unique() -> None:
     every = {**cases.CASES, **cases.TINY_CASES}
     assert len(every) == len(cases.CASES) + len(cases.TINY_CASES) == 18
     assert all(name == case.name for name, case in every.items())
@@ -72,21 +67,23 @@ def test_names_are_unique(cases: ModuleType) -> None:
         pytest.param(torch.float32, {"grad": torch.bfloat16}, 26, id="fp32_bf16_grads"),
     ],
 )
-def test_count_bytes(
-    cases: ModuleType, param: torch.dtype, formats: dict[str, torch.dtype], each: int
-) -> None:
+def test_count_bytes(param: torch.dtype, formats: dict[str, torch.dtype], each: int) -> None:
     case = cases.Case("x", (cases.Group((cases.Leaf((3, 5), param), cases.Leaf((), param))),))
     assert cases.count_bytes(case, **formats) == 16 * each
 
 
-def test_count_bytes_of_mixed_formats(cases: ModuleType) -> None:
+def test_count_bytes_of_mixed_formats() -> None:
     case = cases.CASES["llama-1b-mixed"]
     norms = 33 * 2048  # two in each of 16 layers, and the last one
     assert cases.count_bytes(case) == 28 * norms + 14 * (case.numel - norms)
+    # clipping reads each gradient once more
+    assert cases.count_bytes(case, clips=True) == 32 * norms + 16 * (case.numel - norms)
+    half = cases.count_bytes(case, grad=torch.bfloat16, clips=True)
+    assert half == 28 * norms + 16 * (case.numel - norms)
 
 
 @pytest.mark.parametrize("unaligned", [False, True], ids=["aligned", "unaligned"])
-def test_made_as_described(cases: ModuleType, unaligned: bool) -> None:
+def test_made_as_described(unaligned: bool) -> None:
     case = dataclasses.replace(cases.TINY_CASES["tiny-mixed"], unaligned=unaligned)
     groups = cases.make(case, torch.device("cpu"))
     params = [p for group in groups for p in group["params"]]
@@ -108,7 +105,7 @@ def test_made_as_described(cases: ModuleType, unaligned: bool) -> None:
     assert all(bool((grad == i + 1).all()) for i, grad in enumerate(grads))
 
 
-def test_random_everywhere(cases: ModuleType) -> None:
+def test_random_everywhere() -> None:
     for case in cases.TINY_CASES.values():
         for group in cases.make(case, torch.device("cpu")):
             for p in group["params"]:
@@ -131,8 +128,9 @@ def test_step_times_all_on_cpu(run: tuple[Path, dict[str, Any], str]) -> None:
     _, numbers, _ = run
     lines = {(line["case"], line["provider"]): line for line in numbers["lines"]}
     torchs = "torch-fused", "torch-foreach", "torch-loop"
+    clipped = "fused_adamw+clip", "torch-fused+clip"
     for case in "tiny", "tiny-mixed":
-        for provider in ("fused_adamw", "fused_adamw again", *torchs):
+        for provider in ("fused_adamw", "fused_adamw again", *torchs, *clipped):
             line = lines[case, provider]
             assert not line["problem"]
             assert len(line["wall"]) == 2
@@ -140,11 +138,18 @@ def test_step_times_all_on_cpu(run: tuple[Path, dict[str, Any], str]) -> None:
             assert line["tbs"] > 0
             assert not line["gpu"]
             assert line["launches"] is None
+            assert line["syncs"] is None
     # two moments, and a step of 4 bytes for each of 6 tensors
     fused = lines["tiny", "torch-fused"]
     assert fused["state_bytes"] == 8 * fused["numel"] + 4 * 6
     assert lines["tiny", "fused_adamw"]["state_bytes"] == fused["state_bytes"]
-    assert fused["times_torch_fused"]["wall"] == 1
+    assert fused["times_rival"]["wall"] == 1
+    clip = lines["tiny", "torch-fused+clip"]
+    assert clip["bytes_moved"] == fused["bytes_moved"] + 4 * fused["numel"]
+    ours = lines["tiny", "fused_adamw+clip"]
+    assert ours["rival"] == "torch-fused+clip"
+    ratios = [b / a for a, b in zip(ours["wall"], clip["wall"], strict=True)]
+    assert ours["times_rival"]["wall"] == pytest.approx(sum(ratios) / 2)  # median of two
     assert len(numbers["noise"]) == 2
     assert math.isfinite(numbers["geometric_means"]["fused_adamw"]["wall"])
     assert all(value > 0 for value in numbers["ceilings"].values())
@@ -160,24 +165,15 @@ def test_step_prints_and_draws(run: tuple[Path, dict[str, Any], str]) -> None:
 
 
 @pytest.fixture
-def step(cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """bench/step.py as a module that finds no GPU."""
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "cases", cases)  # found beside the script otherwise
-    spec = importlib.util.spec_from_file_location("bench_step", BENCH / "step.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
-def test_gradients_are_fresh(cases: ModuleType, step: ModuleType) -> None:
+def test_gradients_are_fresh() -> None:
     """New values in new tensors at the old addresses; one of them elsewhere if so wanted."""
     case = cases.TINY_CASES["tiny-mixed"]
     params = [p for group in cases.make(case, torch.device("cpu")) for p in group["params"]]
-    grads = step.Gradients(case, params, torch.device("cpu"))
+    grads = timing.Gradients(case, params, torch.device("cpu"))
     grads.refresh()
     before, values = [p.grad for p in params], [p.grad.clone() for p in params]
     grads.refresh()
@@ -192,18 +188,68 @@ def test_gradients_are_fresh(cases: ModuleType, step: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_stream_kernel(step: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
-    p, g, m, v = (torch.randn(2 * step.BLOCK, device=device).to(dtype) for _ in range(4))
+def test_stream_kernel(device: torch.device, dtype: torch.dtype) -> None:
+    p, g, m, v = (torch.randn(2 * machine.BLOCK, device=device).to(dtype) for _ in range(4))
     wanted = [(x / 2).to(dtype) for x in (p.float() + g, m.float() - g, v.float() + g)]
     read_only = g.clone()
-    step.stream_kernel()[(2,)](p, g, m, v, BLOCK=step.BLOCK)
+    machine.stream_kernel()[(2,)](p, g, m, v, BLOCK=machine.BLOCK)
     assert torch.equal(g, read_only)
     for x, want in zip((p, m, v), wanted, strict=True):
         assert torch.equal(x, want)  # one rounding, and halves are exact
 
 
+def test_clipping_rows_run_in_some_cases_and_where_named() -> None:
+    every, _ = providers.find_providers(None, cuda=True)
+    clipped = {"fused_adamw+clip", "torch-fused+clip"}
+    assert clipped <= every.keys()
+    for case in "llama-1b", "moe-10000":  # those with a bar
+        assert clipped <= providers.entering(every, case, None).keys()
+    assert not clipped & providers.entering(every, "1Gi", None).keys()
+    assert providers.entering(every, "1Gi", None).keys() | clipped == every.keys()
+    named = providers.entering(every, "1Gi", ["torch-fused", "torch-fused+clip"])
+    assert clipped & named.keys() == {"torch-fused+clip"}
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_both_clipping_rows_do_the_same() -> None:
+    """And what they do is clip: gradients far beyond the norm, and steps that see their size."""
+    case, device = cases.TINY_CASES["tiny"], machine.Device()
+    weights = []
+    for name in "fused_adamw+clip", "torch-fused+clip", "torch-fused":
+        torch.manual_seed(0)
+        groups = [{**group, "lr": 1.0} for group in cases.make(case, device.device)]
+        params = [p for group in groups for p in group["params"]]
+        grads = timing.Gradients(case, params, device.device)
+        provider = providers.PROVIDERS[name]
+        # with the usual eps steps of Adam are the same for gradients of any size
+        provider = provider._replace(build=functools.partial(provider.build, eps=1.0))
+        timing.Entrant(provider, groups, grads, device, timing.Line("tiny", name, 0, 0, 0))
+        weights.append(torch.cat([p.detach().flatten() for p in params]))
+    assert torch.allclose(weights[0], weights[1], rtol=0, atol=1e-6)
+    assert not torch.allclose(weights[1], weights[2], rtol=0, atol=1e-1)
+
+
+def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's warnings alone, however often one place warns; and the mode is put back."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        assert modes == ["warn"]
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered ...)", stacklevel=1)
+
+    assert machine.count_syncs(step) == 2
+    assert modes == ["warn", "default"]
+    modes.clear()
+    with pytest.raises(ZeroDivisionError):
+        machine.count_syncs(lambda: 1 / 0)
+    assert modes == ["warn", "default"]
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_step_reports_a_provider_that_fails(
-    step: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -217,8 +263,8 @@ def test_step_reports_a_provider_that_fails(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(step, "measure_ceilings", lambda _, into, __: into.update(one))
-    monkeypatch.setitem(step.PROVIDERS, "torch-loop", step.Provider(broken))
-    monkeypatch.setitem(step.PROVIDERS, "fused_adamw", step.Provider(too_large))
+    monkeypatch.setitem(providers.PROVIDERS, "torch-loop", providers.Provider(broken))
+    monkeypatch.setitem(providers.PROVIDERS, "fused_adamw", providers.Provider(too_large))
     options = ["--cases", "tiny", "--rounds", "1", "--out", str(tmp_path), "--providers"]
     everyone = "fused_adamw", "torch-fused", "torch-loop", "apex"
     assert step.main([*options, *everyone]) == 0  # too little memory is no failure of ours
@@ -229,7 +275,7 @@ def test_step_reports_a_provider_that_fails(
     assert len(lines["torch-fused"]["wall"]) == len(lines["torch-fused again"]["wall"]) == 1
     assert not lines["torch-loop"]["wall"]
 
-    monkeypatch.setitem(step.PROVIDERS, "fused_adamw", step.Provider(broken))
+    monkeypatch.setitem(providers.PROVIDERS, "fused_adamw", providers.Provider(broken))
     assert step.main([*options, *everyone]) == 1
 
 
@@ -238,7 +284,10 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "bench" / "gpu.sh"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", str(script), str(tmp_path / "gpu"), "no-such-part step train", "tiny"],
+        [
+            *("bash", str(script), str(tmp_path / "gpu")),
+            *("no-such-part step train accuracy", "tiny", "1a2b3c4"),
+        ],
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -249,6 +298,14 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     assert "no part is called no-such-part" in summary
     assert re.search(r"step +exit 0", summary), done.stdout
     assert re.search(r"train +exit 0", summary), done.stdout
+    assert re.search(r"accuracy +exit 0", summary), done.stdout
+    numbers = json.loads((tmp_path / "gpu" / "step.json").read_text())
+    assert numbers["machine"]["commit"] == "1a2b3c4"
+    assert numbers["command"].startswith("python bench/step.py --out ")
     files = {path.name for path in (tmp_path / "gpu").iterdir()}
     assert {"step.json", "loss.json", "logs.tar.gz"} <= files
     assert len(files) <= 8  # what the device machine gives back
+    with tarfile.open(tmp_path / "gpu" / "logs.tar.gz") as logs:
+        assert {"./accuracy.log", "./accuracy/accuracy.json"} <= set(logs.getnames())
+        numbers = json.load(logs.extractfile("./accuracy/accuracy.json"))
+    assert numbers["machine"]["commit"] == "1a2b3c4"

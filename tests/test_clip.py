@@ -236,6 +236,46 @@ def test_under_grad_scaler(device: torch.device, backend: Any, found: float) -> 
             assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
 
 
+@each("unscale_first", [False, True])
+def test_grad_scaler_with_overflows_follows_torchs_fused(
+    device: torch.device, backend: Any, unscale_first: bool
+) -> None:
+    """Clipping, skipping and a tensor lr on: step by step as unscale_, clip_grad_norm_ and step."""
+    params = make_params(device, [torch.float32])
+    others = twin(params)
+    lr = torch.tensor(0.01, device=device)
+    ours = FusedAdamW(params, lr, backend=backend, max_grad_norm=0.5, skip_nonfinite=True)
+    theirs = torch.optim.AdamW(others, lr, fused=True)
+    scalers = [
+        torch.amp.GradScaler(device.type, init_scale=4.0, growth_interval=2) for _ in range(2)
+    ]
+    scales, skipped = [], 0
+    for step in range(12):
+        lr.mul_(0.9)
+        set_grads(step, params, others, scale=scalers[0].get_scale() if step else 4.0)
+        if step in (3, 4, 9):
+            skipped += 1
+            for own in (params, others):
+                next(p.grad for p in own[::-1] if p.grad is not None and p.numel())[0] = math.inf
+        for scaler, optimizer in zip(scalers, (ours, theirs), strict=True):
+            scaler.scale(torch.zeros((), device=device))  # as a loss would initialise it
+            if unscale_first or optimizer is theirs:
+                scaler.unscale_(optimizer)
+            if optimizer is theirs:
+                norm = clip_grad_norm_([q for q in others if q.grad is not None], 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        scales.append(scalers[0].get_scale())
+        assert_close(params, others)
+        metrics = ours.metrics()
+        assert metrics["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-6, nan_ok=True)
+        assert metrics["skipped_steps"].item() == skipped
+        steps = [[float(s["step"]) for s in o.state.values()] for o in (ours, theirs)]
+        assert steps[0] == steps[1]
+    assert scales == [4.0, 8.0, 8.0, 4.0, 2.0, 2.0, 4.0, 4.0, 8.0, 4.0, 4.0, 8.0]
+
+
 def test_changed_between_steps(device: torch.device, backend: Any) -> None:
     params = make_params(device, [torch.float32])
     others = twin(params)

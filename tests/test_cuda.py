@@ -8,7 +8,7 @@ import pytest
 import torch
 from truth import TrueAdamW, assert_as_true_as_torch
 
-from fused_adamw import FusedAdamW
+from fused_adamw import FusedAdamW, release_gradients
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -82,6 +82,37 @@ def test_never_waits_for_the_device(tensor_lr: bool, measured: bool) -> None:
         adamw.step()
         adamw.metrics()
         scheduler.step()
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_whole_training_never_waits_for_the_device() -> None:
+    """Scaler, norm, clip, skip, schedule, metrics, over an overflow."""
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+    net.cuda()
+    adamw = FusedAdamW(net.parameters(), max_grad_norm=0.01, skip_nonfinite=True)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(adamw, 0.9)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    good = torch.randn(32, 64, device="cuda")
+    bad = torch.full_like(good, torch.inf)
+
+    def train(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast("cuda", torch.float16):
+            loss = net(x).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(adamw)
+        scaler.update()
+        scheduler.step()
+        adamw.zero_grad()
+        return adamw.metrics()
+
+    train(good)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    seen = [train(bad if i == 2 else good) for i in range(5)]
+    torch.cuda.set_sync_debug_mode("default")
+    assert [float(x["skipped_steps"]) for x in seen] == [0, 0, 1, 1, 1]
+    assert all(0 < float(x["clip_factor"]) < 1 for x in (*seen[:2], *seen[3:]))
+    assert scaler.get_scale() == 2.0
 
 
 @pytest.mark.usefixtures("no_sync")
@@ -249,6 +280,72 @@ def test_capture_as_torchs_recipe_has_it() -> None:
     assert_equal_bits(params, twin)
 
 
+@pytest.mark.parametrize(("scaled", "replays"), [(False, 10_000), (True, 2_000)], ids=str)
+def test_a_graph_of_the_whole_training_step_equals_eager(scaled: bool, replays: int) -> None:
+    """Forward, backward, scaler, clip, skip, a changing lr: bit for bit, over NaNs, too.
+
+    No matrix product: cuBLAS may choose other kernels in a capture, and so other bits.
+    """
+
+    class Run:
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.params = [torch.nn.Parameter(torch.randn(64, device="cuda")) for _ in range(2)]
+            self.lr = torch.tensor(0.01, device="cuda")
+            self.x = torch.randn(16, 64, device="cuda")
+            self.optimizer = FusedAdamW(
+                self.params, self.lr, max_grad_norm=0.5, skip_nonfinite=True
+            )
+            # as many steps to grow after as there are good ones between two overflows
+            self.scaler = torch.amp.GradScaler("cuda", 8.0, growth_interval=7, enabled=scaled)
+
+        def step(self) -> None:
+            self.optimizer.zero_grad()
+            loss = ((self.x * self.params[0]).tanh() * self.params[1]).sum(1).square().mean()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    captured, eager = Run(), Run()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    eager.step()
+    captured.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    batches = torch.randn(8, 16, 64, device="cuda")
+    batches[5, 3, 2] = torch.inf
+    for i in range(replays):
+        for run in (captured, eager):
+            run.x.copy_(batches[i % 8])
+            run.lr.fill_(0.01 / (1 + i % 10))
+        graph.replay()
+        eager.step()
+    assert_equal_bits(captured.params, eager.params)
+    for key, x in captured.optimizer.metrics().items():
+        assert torch.equal(x, eager.optimizer.metrics()[key]), key
+    assert float(eager.optimizer.metrics()["skipped_steps"]) == replays // 8
+    assert captured.scaler.get_scale() == eager.scaler.get_scale()
+
+
+def test_clipping_wants_a_step_with_it_before_the_capture() -> None:
+    params = make([torch.float32])
+    adamw = FusedAdamW(params)
+    adamw.step()
+    before = clones(params)
+    adamw.max_grad_norm = 1.0
+    with (
+        pytest.raises(RuntimeError, match="metrics have no memory"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        adamw.step()
+    assert_equal_bits(params, before)
+
+
 def test_a_graph_outlives_the_plan_it_was_captured_with() -> None:
     # a gradient of another layout is copied in the graph; a new plan must not free that copy
     p, late = (torch.nn.Parameter(torch.randn(64, 33, device="cuda")) for _ in range(2))
@@ -319,6 +416,63 @@ def test_two_streams() -> None:
     assert_equal_bits(params, twin)
 
 
+@pytest.mark.usefixtures("no_sync")
+def test_released_gradients_free_their_memory_without_a_wait() -> None:
+    nets = [
+        torch.nn.Sequential(
+            *[torch.nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(8)]
+        )
+        for _ in range(2)
+    ]
+    nets[1].load_state_dict(nets[0].state_dict())
+    released, plain = (FusedAdamW(net.parameters()) for net in nets)
+    layer = 4 * 1024 * 1024
+    release_gradients(released, layer)
+    x = torch.randn(4, 1024, device="cuda")
+    peaks = []
+    for net, optimizer in zip(nets, (released, plain), strict=True):
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            loss.backward()
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] < 3 * layer
+    assert peaks[1] >= 8 * layer
+    assert_equal_bits(list(nets[0].parameters()), list(nets[1].parameters()))
+
+
+def test_released_gradients_that_arrive_on_two_streams() -> None:
+    # FSDP2 runs hooks itself, on its communication streams
+    p, q = params = [torch.nn.Parameter(torch.randn(1000, device="cuda")) for _ in range(2)]
+    twin = clones(params)
+    released, plain = FusedAdamW(params), FusedAdamW(twin)
+    release = release_gradients(released, 2 * 4000)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(4):
+        for x, other, stream in zip((p, q), twin, streams, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10**7 if x is p else 0)
+                x.grad = torch.randn_like(x)
+                other.grad = x.grad.clone()
+                for hook in x._post_accumulate_grad_hooks.values():  # type: ignore[attr-defined]
+                    hook(x)
+                assert (x.grad is None) == (x is q)
+        assert p.grad is None
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        released.step()
+        plain.step()
+    assert len(release.buckets) == 1
+    assert_equal_bits(params, twin)
+
+
 def test_grad_scaler_with_overflows_follows_torchs_fused() -> None:
     params = make([torch.float32])
     twin = clones(params)
@@ -353,3 +507,22 @@ def test_two_devices_in_one_optimizer() -> None:
     torch.optim.AdamW(twin, fused=True).step()
     for p, q in zip(params, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_what_one_device_finds_skips_the_step_on_both(scaled: bool) -> None:
+    params = [torch.nn.Parameter(torch.ones(1000, device=f"cuda:{i}")) for i in range(2)]
+    adamw = FusedAdamW(params, max_grad_norm=1.0, skip_nonfinite=not scaled)
+    scaler = torch.amp.GradScaler("cuda", 4.0, enabled=scaled)
+    for overflow in (False, True):
+        before = clones(params)
+        new_grads(params)
+        if overflow:
+            params[1].grad[-1] = torch.inf  # type: ignore[index]
+        scaler.scale(torch.zeros((), device="cuda:0"))
+        scaler.step(adamw)
+        scaler.update()
+        unchanged = [torch.equal(p, q) for p, q in zip(params, before, strict=True)]
+        assert unchanged == [overflow] * 2
+    assert float(adamw.metrics()["skipped_steps"]) == 1

@@ -148,6 +148,23 @@ def test_each_capture_wants_a_step_before_it(
     assert len(adamw._launchers[device].captured) == 2 * 2
 
 
+def test_clipping_wants_a_step_with_it_before_the_capture(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = model(device)
+    adamw = FusedAdamW(params, backend="triton")
+    adamw.step()
+    before = [p.detach().clone() for p in params]
+    adamw.max_grad_norm = 1.0
+    with Recording(monkeypatch), pytest.raises(RuntimeError, match="metrics have no memory"):
+        adamw.step()
+    assert all(map(torch.equal, params, before))
+    adamw.step()
+    with Recording(monkeypatch):
+        adamw.step()
+    assert [float(adamw.state[p]["step"]) for p in params] == [3, 3, 3]
+
+
 def test_memory_fits_only_its_own_size(device: torch.device) -> None:
     adamw = FusedAdamW(model(device), backend="triton")
     adamw.step()

@@ -1,4 +1,4 @@
-"""bench/train.py runs to its end, and tells curves that part from curves that agree."""
+"""bench/train.py and train_fsdp.py run to their end, and tell curves that part from others."""
 
 import importlib.util
 import json
@@ -152,3 +152,37 @@ def test_torch_against_itself_exits_with_0(
 
     monkeypatch.setitem(bench.OPTIMIZERS, bench.OURS, foreach)
     assert bench.main(["--size", "tiny", "--out", str(tmp_path)]) == 0
+
+
+def torchrun(ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
+    """bench/train_fsdp.py on CPU ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command = [*launcher, str(SCRIPT.with_name("train_fsdp.py")), "--size", "tiny", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without torch.distributed or gloo",
+)
+def test_fsdp_stops_and_goes_on(tmp_path: Path) -> None:
+    """On 2 ranks, and then its second half once more on 1: the checkpoint is laid out anew."""
+    options = ["--steps", "12", "--out", str(tmp_path)]
+    done = torchrun(2, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "fsdp.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((tmp_path / "fsdp.json").read_text())
+    assert numbers["ranks"] == 2
+    assert numbers["resumed"] == [0.0] * 6, "bit for bit"
+    runs = numbers["runs"]
+    assert [len(run["losses"]) for run in runs.values()] == [12, 12, 12, 6]
+    assert runs["FusedAdamW"]["losses"][-1] < runs["FusedAdamW"]["losses"][0] - 0.5  # it learns
+
+    # steps 7 to 11 are as they were, and a 12th that was not so is told
+    numbers["runs"]["FusedAdamW"]["losses"][-1] += 1e-3
+    (tmp_path / "fsdp.json").write_text(json.dumps(numbers))
+    done = torchrun(1, *options, "--resume")
+    assert done.returncode == 1
+    assert "FAIL resumed after step 6: largest difference 1.00e-03" in done.stdout
+    assert "beyond its limit at step 12" in done.stdout

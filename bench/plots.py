@@ -1,0 +1,99 @@
+"""The three plots of bench/step.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from providers import CLIP, EXTERNALS, FUSED, OPT_IN, OURS
+from timing import AGAIN, Line
+
+COLORS = dict(
+    zip(
+        [FUSED, "torch-foreach", "torch-loop", OURS, OPT_IN, *EXTERNALS, OURS + CLIP, FUSED + CLIP],
+        [*(f"C{i}" for i in range(10)), "gold", "black", "darkred", "midnightblue"],
+        strict=True,
+    )
+)
+
+
+def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: Path) -> None:
+    """TB/s by case against the ceiling, host time by tensor count, memory a parameter."""
+    shown = [x for x in lines if x.device_times and not x.problem and AGAIN not in x.provider]
+    cases = list(dict.fromkeys(line.case for line in shown))
+    providers = list(dict.fromkeys(line.provider for line in shown))
+    if not shown:
+        return
+    thick = 0.8 / len(providers)
+    height = 1.2 + len(cases) * (0.16 + 0.13 * len(providers))
+    on_gpu = any(line.gpu for line in shown)
+
+    for path, xlabel in (
+        ("throughput.png", "TB/s: bytes that the step must move over its time"),
+        ("memory.png", "bytes a parameter: kept by the optimizer, and pale what a step adds"),
+    ):
+        figure, axes = _figure(title, height)
+        for line in shown:
+            y = cases.index(line.case) + thick * (
+                providers.index(line.provider) - (len(providers) - 1) / 2
+            )
+            color = COLORS[line.provider]
+            if path == "throughput.png":
+                axes.barh(y, line.tbs, thick * 0.9, color=color)
+                continue
+            state = (line.state_bytes or 0) / line.numel
+            axes.barh(y, state, thick * 0.9, color=color)
+            extra = max(0.0, (line.peak_bytes or 0) / line.numel - state)
+            axes.barh(y, extra, thick * 0.9, left=state, color=color, alpha=0.35)
+        for provider in providers:
+            axes.barh(0, 0, color=COLORS[provider], label=provider)
+        if path == "throughput.png":
+            for (name, value), style in zip(ceilings.items(), ("-", ":"), strict=False):
+                label = f"{name}: {value:.3g} TB/s"
+                axes.axvline(value, color="black", linestyle=style, linewidth=1, label=label)
+        axes.margins(x=0.03)
+        axes.set_yticks(range(len(cases)), cases)
+        axes.set(xlabel=xlabel, ylim=(len(cases) - 0.5, -0.5))
+        _finish(figure, axes, folder / path)
+
+    figure, axes = _figure(title, 4.8)
+    for provider in providers:
+        points = sorted(
+            (line.tensors, statistics.median(line.host or line.wall))
+            for line in shown
+            if line.provider == provider
+        )
+        color = COLORS[provider]
+        axes.plot(*zip(*points, strict=True), "o", color=color, markersize=5, label=provider)
+    what = "until step() returns" if on_gpu else "of step(), the arithmetic included"
+    axes.set(xlabel="tensors", ylabel=f"µs {what}", xscale="log", yscale="log")
+    for axis, limits, change in (
+        (axes.xaxis, axes.get_xlim(), axes.set_xlim),
+        (axes.yaxis, axes.get_ylim(), axes.set_ylim),
+    ):  # whole decades, so that some tick has a label
+        change(*(10.0**exponent for exponent in _decades(*limits)))
+        axis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axis.set_minor_formatter("")
+    _finish(figure, axes, folder / "host.png")
+
+
+def _decades(low: float, high: float) -> tuple[int, int]:
+    return math.floor(math.log10(low)), math.ceil(math.log10(high))
+
+
+def _figure(title: str, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(9, max(3.0, height)), layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    return figure, figure.subplots()
+
+
+def _finish(figure: Figure, axes: Any, path: Path) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize=8)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

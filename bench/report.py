@@ -1,0 +1,195 @@
+"""Write README's result table from what bench/step.py measured: no figure is typed by hand.
+
+    python bench/report.py                                  # of all bench/results/*/step.json
+    python bench/report.py bench/results/h200/step.json     # of this one
+    python bench/report.py out/step/step.json --cpu --readme out/cpu.md
+
+Without any results README says that no GPU has run this yet. A CPU's run is refused unless asked
+for, and then called one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blocks import rewrite, table
+from providers import CLIP, FUSED, OURS
+from summary import number
+
+ROOT = Path(__file__).parents[1]
+CEILING = "4R3W fp32"
+NO_GPU = (
+    "**No GPU has run this yet.** There is no GPU figure here, in particular none against torch's\n"
+    "fused kernel, because none was measured."
+)
+COLUMNS = (
+    "case",
+    "tensors",
+    "elements",
+    "torch fused µs",
+    "ours µs",
+    "x",
+    "TB/s",
+    "% of ceiling",
+    "launches, ours / torch's",
+    "host µs, ours / torch's",
+)
+
+
+def load(path: Path, cpu: bool = False) -> dict[str, Any]:
+    """The numbers of a run.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is another file, has no times of ours and of torch's fused AdamW, does not
+            name its commit, or comes from a CPU while `cpu` is not set.
+    """
+    try:
+        numbers: dict[str, Any] = json.loads(path.read_text())
+        machine = numbers["machine"]
+        timed = [line for line in numbers["lines"] if line["wall"] and not line["problem"]]
+        commit, device = machine["commit"], machine["device"]
+        numbers["on_gpu"] = "CUDA" in machine and all(line["gpu"] for line in timed)
+        numbers["command"], numbers["ceilings"][CEILING]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a step.json as bench/step.py writes it now "
+            f"({type(error).__name__}: {error}). Run bench/step.py again."
+        ) from None
+    if not {OURS, FUSED} <= {line["provider"] for line in timed}:
+        raise ValueError(
+            f"{path} lacks times of {OURS} or of {FUSED} on {device}; a table compares the two. "
+            "Run bench/step.py with both."
+        )
+    if not numbers["on_gpu"] and not cpu:
+        raise ValueError(
+            f"{path} comes from a CPU ({device}), whose times must not pose as a GPU's. Run "
+            "bench/step.py on a GPU, or ask for a table that says so with --cpu."
+        )
+    if commit == "unknown":
+        raise ValueError(
+            f"{path} does not say which commit ran. Give bench/step.py the --commit where git "
+            "cannot tell."
+        )
+    return numbers
+
+
+def render(numbers: dict[str, Any]) -> str:
+    """Caption, table, and what to know when reading it."""
+    facts, ceiling = numbers["machine"], numbers["ceilings"][CEILING]
+    what = "gpu" if numbers["on_gpu"] else "wall"
+    lines = {(line["case"], line["provider"]): line for line in numbers["lines"]}
+    pairs = [
+        (f"{case}, clipped" if clip else case, lines[case, OURS + clip], lines[case, FUSED + clip])
+        for case in dict.fromkeys(case for case, _ in lines)
+        for clip in ("", CLIP)
+        if {(case, OURS + clip), (case, FUSED + clip)} <= lines.keys()
+    ]
+    rows = [_row(label, ours, theirs, what, ceiling) for label, ours, theirs in pairs]
+    rows += _means(numbers["geometric_means"], what)
+    parts = [_caption(facts, numbers["command"]), table(COLUMNS, rows)]
+    if not numbers["on_gpu"]:
+        parts.insert(0, "**Times of a CPU, which say nothing of a GPU.**")
+    parts.append(" ".join(_notes(numbers, [line for pair in pairs for line in pair[1:]])))
+    return "\n\n".join(parts)
+
+
+def _caption(facts: dict[str, str], command: str) -> str:
+    names = {"driver": "driver ", "CUDA": "CUDA ", "torch": "torch ", "triton": "Triton "}
+    known = [f"**{facts['device']}**", *(names[key] + facts[key] for key in names if key in facts)]
+    commit = f"commit `{facts['commit'].removesuffix('+')}`"
+    known.append(commit + " with changes" * facts["commit"].endswith("+"))
+    return f"{', '.join(known)}: `{command}`"
+
+
+def _row(
+    label: str, ours: dict[str, Any], theirs: dict[str, Any], what: str, ceiling: float
+) -> list[str]:
+    def median(line: dict[str, Any], key: str) -> str:
+        times = line[key]
+        return number(statistics.median(times) if times and not line["problem"] else None)
+
+    tbs = None if ours["problem"] else ours["tbs"]
+    return [
+        label,
+        f"{ours['tensors']:,}",
+        f"{ours['numel']:,}",
+        median(theirs, what),
+        median(ours, what),
+        number(ours["times_rival"][what]),
+        number(tbs),
+        number(None if tbs is None else 100 * tbs / ceiling),
+        f"{number(ours['launches'], 0)} / {number(theirs['launches'], 0)}",
+        f"{median(ours, 'host')} / {median(theirs, 'host')}",
+    ]
+
+
+def _means(means: dict[str, dict[str, float]], what: str) -> Iterator[list[str]]:
+    for provider, kind in (OURS, ""), (OURS + CLIP, ", clipped"):
+        mean = means.get(provider, {})
+        if what in mean:
+            label = f"geometric mean of {mean['cases']}{kind}"
+            yield [label, *[""] * 4, f"**{number(mean[what])}**", *[""] * 4]
+
+
+def _notes(numbers: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    rounds = [len(line["wall"]) for line in lines if line["wall"]]
+    least, most = min(rounds, default=0), max(rounds, default=0)
+    yield f"Medians of {least}{f' to {most}' if most > least else ''} rounds;"
+    yield "x: times as fast, the median of the ratios within rounds."
+    if any(CLIP in line["provider"] for line in lines):
+        yield "Clipped: the norm within our step, `clip_grad_norm_` before torch's."
+    yield (
+        f"The ceiling is {number(numbers['ceilings'][CEILING])} TB/s, a stream of 4 reads and 3 "
+        "writes an element measured in the same run."
+    )
+    if numbers["noise"]:
+        middle, most_noise = statistics.median(numbers["noise"]), max(numbers["noise"])
+        yield (
+            f"Noise: the same optimizer timed twice differs by {middle:.1%} (median), "
+            f"{most_noise:.1%} (largest)."
+        )
+    syncs = [x["syncs"] for x in lines if x["provider"].startswith(OURS) and not x["problem"]]
+    if None not in syncs:
+        yield f"Waits of the host for the GPU that torch sees in our steps: {sum(syncs)}."
+    failed = [f"{x['case']}, {x['provider']}: {x['problem']}" for x in lines if x["problem"]]
+    if failed:
+        yield f"Not timed: {'; '.join(failed)}."
+
+
+def block(paths: Sequence[Path], cpu: bool = False) -> str:
+    """What README says of these runs. ValueError as `load`."""
+    return "\n\n".join(render(load(path, cpu)) for path in paths) or NO_GPU
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the block between README's two comments; 1 and an error, and no change, if not."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="*", type=Path, metavar="step.json")
+    parser.add_argument("--cpu", action="store_true", help="take a CPU's run, too")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args(argv)
+    try:
+        changed = rewrite(args.readme, {"results": block(args.paths or results(), args.cpu)})
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{args.readme}: {'rewritten' if changed else 'as it was'}")
+    return 0
+
+
+def results() -> list[Path]:
+    """What was measured, by GPU."""
+    return sorted((ROOT / "bench" / "results").glob("*/step.json"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

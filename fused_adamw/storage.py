@@ -1,0 +1,267 @@
+"""What is kept of a param between steps, by its group's options: keys, dtypes, conversions.
+
+The codes themselves are in formats.py. A moment in 8 bits has two tensors in the state, `exp_avg_q`
+and `exp_avg_scale`: keys of its own, so that torch refuses the state rather than taking codes for
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import formats
+from .kernels import table as t
+from .layouts import memory_line, same_strides
+from .shards import is_sharded, whole_rows_of
+
+StateDtype: TypeAlias = torch.dtype | Literal["int8"] | None
+OPTIONS: dict[str, Any] = {  # of a group, and their defaults
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "state_dtype": None,
+    "seed": 0,
+}
+REMAINDER, MASTER = "master_remainder", "master_param"
+_DTYPES: dict[Any, torch.dtype | None] = {
+    None: None,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    "int8": torch.uint8,
+}
+
+
+def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Dtypes of first and second moments: uint8 for 8 bits, None for the param's own.
+
+    Raises:
+        ValueError: no such format.
+    """
+    pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
+    try:
+        first, second = (_DTYPES[x] for x in pair)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"Invalid state_dtype: {given!r} (want None for the param's dtype, torch.float32, "
+            "torch.bfloat16 or 'int8', or a pair of them for exp_avg and exp_avg_sq)"
+        ) from None
+    return first, second
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for storage options of a group that mean nothing."""
+    state_dtypes(group.get("state_dtype"))
+    stored = [key for key in OPTIONS if key != "seed" and group.get(key, OPTIONS[key])]
+    if group.get("differentiable") and stored:
+        raise ValueError(
+            f"A group with differentiable=True is updated by torch's functional AdamW, which does "
+            f"not know {', '.join(stored)}: leave them out there."
+        )
+    seed = group.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"Invalid seed: {seed!r} (want an int in [0, 2^63))")
+
+
+class Storage(NamedTuple):
+    """How one param and its moments are stored."""
+
+    exp_avg: torch.dtype | None  # uint8: 8 bits; None: as it is, at first the param's
+    exp_avg_sq: torch.dtype | None
+    master: torch.dtype | None  # int16: a remainder, float32: a copy
+    stochastic: bool
+    amsgrad: bool
+
+    @property
+    def moments(self) -> dict[str, torch.dtype | None]:
+        """Names of the moments, and their dtypes."""
+        dtypes = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {**dtypes, "max_exp_avg_sq": self.exp_avg_sq} if self.amsgrad else dtypes
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything is a floating-point number, rounded to nearest."""
+        quantised = torch.uint8 in (self.exp_avg, self.exp_avg_sq)
+        return self.master is None and not self.stochastic and not quantised
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the state besides "step"."""
+        keys = [k for name, dtype in self.moments.items() for k in keys_of(name, dtype)]
+        if self.master is not None:
+            keys.append(REMAINDER if self.master == torch.int16 else MASTER)
+        return tuple(keys)
+
+
+def describe(storage: Storage, param: Tensor) -> str:
+    """One line for people: how a param and its moments are stored."""
+
+    def name(dtype: torch.dtype | None) -> str:
+        if dtype == torch.uint8:
+            return f"8 bits in blocks of {t.QUANT_BLOCK}"
+        return str(param.dtype if dtype is None else dtype).removeprefix("torch.")
+
+    parts = [name(param.dtype)]
+    if storage.master is not None:
+        parts[0] += f" with {storage.keys[-1]} {name(storage.master)}"
+    parts += [f"{moment} {name(dtype)}" for moment, dtype in storage.moments.items()]
+    return ", ".join(parts) + (", stochastic rounding" if storage.stochastic else "")
+
+
+def keys_of(name: str, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Keys under which a moment is kept."""
+    return (f"{name}_q", f"{name}_scale") if dtype == torch.uint8 else (name,)
+
+
+def storage_of(group: Mapping[str, Any], param: Tensor) -> Storage:
+    """How a param of the group is stored.
+
+    Moments are in 8 bits whatever the param's size, with one exception: a DTensor whose rows are
+    not whole quantisation blocks on each rank has them in float32, since a block would be cut by
+    the sharding, and another one would cut it elsewhere.
+    """
+    first, second = state_dtypes(group.get("state_dtype"))
+    if is_sharded(param) and not whole_rows_of(param, t.QUANT_BLOCK):
+        first, second = (torch.float32 if x == torch.uint8 else x for x in (first, second))
+    master = None
+    if group.get("master_weights", False):
+        master = {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(param.dtype)
+    stochastic = bool(group.get("stochastic_rounding", False)) and torch.bfloat16 in (
+        param.dtype if master is None or second is None else None,
+        second,
+    )
+    return Storage(first, second, master, stochastic, bool(group["amsgrad"]))
+
+
+def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise TypeError where a param's dtype cannot be stored as its group wants."""
+    dtypes = state_dtypes(group.get("state_dtype"))
+    if param.is_complex() and dtypes != (None, None):
+        wanted = f"state_dtype={group['state_dtype']!r}"
+        cure = "their moments are complex: leave state_dtype=None in their group"
+    elif param.dtype == torch.float64 and torch.uint8 in dtypes:
+        wanted = f"state_dtype={group['state_dtype']!r}"
+        cure = "8-bit moments are computed in float32: leave state_dtype=None in their group"
+    elif param.dtype == torch.float16 and group.get("stochastic_rounding", False):
+        if group.get("master_weights", False):
+            return
+        wanted = "stochastic_rounding=True"
+        cure = "it rounds to bfloat16 alone: use bfloat16 params, or master_weights=True"
+    else:
+        return
+    raise TypeError(f"{name} is {param.dtype}, which does not go with {wanted}; {cure}.")
+
+
+def scale_shape(like: Tensor) -> tuple[int, ...]:
+    """Shape of the exponents of a param's moments: by rows, where these are whole blocks."""
+    if like.dim() >= 2 and like.is_contiguous():
+        row = like.shape[1:].numel()
+        if row and row % t.QUANT_BLOCK == 0:
+            return like.shape[0], row // t.QUANT_BLOCK
+    return (-(-like.numel() // t.QUANT_BLOCK),)
+
+
+def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[str]:
+    """Keys that are not in the state of a param laid out as `like`, or not as they shall be."""
+    keys: list[str] = []
+    for name, dtype in storage.moments.items():
+        own = keys_of(name, dtype)
+        x = state.get(own[0])
+        if (
+            x is None
+            or own[-1] not in state
+            or (dtype is not None and x.dtype != dtype)
+            or not same_strides(like.shape, x.stride(), like.stride())
+        ):
+            keys += own
+    if storage.master is not None:
+        key = storage.keys[-1]
+        x = state.get(key)
+        if x is None or not same_strides(like.shape, x.stride(), like.stride()):
+            keys.append(key)
+    return keys
+
+
+def make(
+    storage: Storage, like: Tensor, state: Mapping[str, Any], keys: Collection[str]
+) -> dict[str, Tensor]:
+    """New tensors for the keys, from what the state has in whatever form; zeros if it has none."""
+    made: dict[str, Tensor] = {}
+    for name, dtype in storage.moments.items():
+        own = keys_of(name, dtype)
+        if own[0] not in keys:
+            continue
+        x = decoded(name, state)
+        if dtype == torch.uint8:
+            made.update(zip(own, _encoded(name, x, like), strict=True))
+            continue
+        if dtype is None:
+            twin = state.get("exp_avg_sq") if name == "max_exp_avg_sq" else None
+            given = state.get(name, twin)  # both second moments have one dtype
+            dtype = like.dtype if given is None else given.dtype
+        new = made[name] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+        if x is not None:
+            new.copy_(x)
+    if storage.master is not None and storage.keys[-1] in keys:
+        key = storage.keys[-1]
+        made[key] = _made_master(key, like, state)
+    return made
+
+
+def known(key: str, state: Mapping[str, Any]) -> bool:
+    """Whether the state has what is kept under the key, in whatever form."""
+    if key in (REMAINDER, MASTER):
+        return REMAINDER in state or MASTER in state
+    name = key.removesuffix("_q").removesuffix("_scale")
+    return name in state or f"{name}_q" in state
+
+
+def unwanted(storage: Storage, state: Mapping[str, Any]) -> list[str]:
+    """Keys of the state in which the same is kept in another form."""
+    forms = {f"{name}{end}" for name in storage.moments for end in ("", "_q", "_scale")}
+    return [key for key in state if key in forms | {REMAINDER, MASTER} and key not in storage.keys]
+
+
+def decoded(name: str, state: Mapping[str, Any]) -> Tensor | None:
+    """A moment as a floating-point tensor in its own layout; None where there is none."""
+    if name in state:
+        plain: Tensor = state[name]
+        return plain
+    code, scale = state.get(f"{name}_q"), state.get(f"{name}_scale")
+    if code is None or scale is None:
+        return None
+    values = torch.empty_like(code, dtype=torch.float32)
+    decode = formats.decode_signed if name == "exp_avg" else formats.decode_unsigned
+    memory_line(values).copy_(decode(memory_line(code), scale.reshape(-1)))
+    return values
+
+
+def _encoded(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and exponents, rounded to nearest."""
+    code = torch.zeros_like(like, dtype=torch.uint8, requires_grad=False)
+    scale = torch.zeros(scale_shape(like), dtype=torch.uint8, device=like.device)
+    if x is not None and x.numel():
+        line = memory_line(torch.empty_like(code, dtype=torch.float32).copy_(x))
+        if name == "exp_avg":
+            codes, exponents = formats.encode_signed(line)
+        else:
+            half = torch.full_like(line, 0x8000, dtype=torch.int32)
+            codes, exponents = formats.encode_unsigned(line, half)
+        memory_line(code).copy_(codes)
+        scale.copy_(exponents.view(scale.shape))
+    return code, scale
+
+
+def _made_master(key: str, param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """A remainder or a copy: of the master that the state has if the param shows it, else of it."""
+    master = param.detach().float()
+    if MASTER in state:
+        given = state[MASTER].to(param.device, torch.float32)
+        shown = formats.encode_remainder(given)[0] if key == REMAINDER else given.to(param.dtype)
+        master = torch.where(shown == param, given, master)
+    elif REMAINDER in state and state[REMAINDER].dtype == torch.int16 and key == REMAINDER:
+        return torch.empty_like(param, dtype=torch.int16).copy_(state[REMAINDER])
+    x = formats.encode_remainder(master)[1] if key == REMAINDER else master
+    return torch.empty_like(param, dtype=x.dtype, requires_grad=False).copy_(x)

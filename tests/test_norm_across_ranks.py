@@ -1,0 +1,47 @@
+"""The gradient norm, clipping and skipping over several ranks: who counts, and that all agree.
+
+The scenarios are in ranks_norm.py; one start of processes (5 s) runs several.
+"""
+
+from __future__ import annotations
+
+import pytest
+import ranks_norm as ranks
+import torch
+from ranks import in_turn, on_ranks
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without torch.distributed or gloo",
+)
+
+
+def test_meshes_of_two_dimensions() -> None:
+    on_ranks(4, in_turn, [(ranks.over_tensor_parallelism,), (ranks.one_collective_a_group,)])
+
+
+def test_given_group() -> None:
+    scenarios = ranks.pipeline_stages, ranks.mesh_of_other_ranks, ranks.group_over_the_mesh_itself
+    on_ranks(4, in_turn, [(scenario,) for scenario in scenarios])
+
+
+def test_zero_redundancy_optimizer() -> None:
+    on_ranks(2, in_turn, [(ranks.zero_redundancy, one_param) for one_param in (True, False)])
+
+
+def test_fsdp1() -> None:
+    on_ranks(2, in_turn, [(ranks.fsdp1, False), (ranks.fsdp1, True)])
+
+
+def test_overflow_on_one_rank() -> None:
+    backends = ["reference"] if torch.cuda.is_available() else ["reference", "triton"]
+    on_ranks(
+        2,
+        in_turn,
+        [(ranks.found_inf_on_one_rank, backend, plain) for backend in backends for plain in (0, 1)]
+        + [(ranks.sharded_grad_scaler, first) for first in (True, False)],
+    )
+
+
+def test_error_on_one_rank() -> None:
+    on_ranks(2, ranks.error_on_one_rank)

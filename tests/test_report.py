@@ -1,0 +1,208 @@
+"""bench/report.py writes what was measured, and takes nothing else for a GPU's result."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import blocks
+import pytest
+import report
+import step
+import summary
+import timing
+import torch
+
+Numbers = dict[str, Any]
+README = "# A\n\n<!-- results: written -->\nold\n<!-- /results -->\n\nrest\n"
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
+    """What bench/step.py writes of a CPU."""
+    out = tmp_path_factory.mktemp("step")
+    ceilings = {"4R3W fp32": [2.0, 4.0, 5.0], "copy fp32": [4.5]}
+    options = ["--cases", "tiny", "tiny-mixed", "--rounds", "2", "--out", str(out)]
+    options += ["--commit", "1a2b3c4", "--providers", "fused_adamw", "torch-fused"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(step, "measure_ceilings", lambda _, into, __: into.update(ceilings))
+        assert step.main([*options, "fused_adamw+clip", "torch-fused+clip"]) == 0
+    numbers: Numbers = json.loads((out / "step.json").read_text())
+    return numbers
+
+
+@pytest.fixture
+def on_gpu(on_cpu: Numbers, tmp_path: Path) -> Numbers:
+    """The same, as a GPU would leave it: made-up times, so that each is found again."""
+    numbers = copy.deepcopy(on_cpu)
+    numbers["machine"].update(device="NVIDIA Made-Up", driver="999.1", CUDA="13.9")
+    lines = []
+    for line in numbers["lines"]:
+        ours = line["provider"].startswith("fused_adamw")
+        line["gpu"] = [1e3, 1.25e3, 2e3] if ours else [4e3] * 3
+        if "+clip" in line["provider"]:
+            line["gpu"] = [3 * x if ours else 6 * x for x in line["gpu"]]
+        if line["provider"].endswith(timing.AGAIN):
+            line["gpu"] = [1e3, 1.3e3, 2e3]  # 4 % from the other
+        line["wall"] = line["gpu"]
+        line["host"] = [20.0, 22.0, 24.0] if ours else [330.0, 333.0, 339.0]
+        line["launches"], line["syncs"] = (2, 0) if ours else (17, 0)
+        line["bytes_moved"] = int(3e9)
+        known = {key: line[key] for key in timing.Line.__dataclass_fields__}
+        lines.append(timing.Line(**known))
+    path = tmp_path / "made-up.json"
+    ceilings = numbers["ceilings_by_round"]
+    summary.write(path, numbers["command"], numbers["machine"], ceilings, lines, {})
+    written: Numbers = json.loads(path.read_text())
+    return written
+
+
+def write(folder: Path, numbers: object) -> Path:
+    path = folder / "step.json"
+    path.write_text(json.dumps(numbers))
+    return path
+
+
+def cells(text: str, case: str) -> list[str]:
+    """A row of the table."""
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {case} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_a_table_of_a_gpu(on_gpu: Numbers, tmp_path: Path) -> None:
+    text = report.block([write(tmp_path, on_gpu)])
+    assert "NVIDIA Made-Up" in text
+    for fact in "driver 999.1", "CUDA 13.9", f"torch {torch.__version__}", "commit `1a2b3c4`":
+        assert fact in text
+    assert f"Triton {on_gpu['machine']['triton']}" in text
+    assert "`python bench/step.py --cases tiny tiny-mixed --rounds 2 --out" in text
+    # 4 ms to 1, 1.25 and 2 ms: the median ratio is 3.2; 3e9 bytes in 1.25 ms are 2.4 TB/s of 4
+    columns = ["torch fused µs", "ours µs", "x", "TB/s", "% of ceiling"]
+    assert cells(text, "case")[3:8] == columns
+    wanted = ["6", "19,562", "4,000", "1,250", "3.20", "2.40", "60.0", "2 / 17", "22.0 / 333"]
+    assert cells(text, "tiny")[1:] == wanted
+    assert cells(text, "tiny-mixed, clipped")[3:6] == ["24,000", "3,750", "6.40"]
+    assert cells(text, "geometric mean of 2")[5] == "**3.20**"
+    assert cells(text, "geometric mean of 2, clipped")[5] == "**6.40**"
+    assert "differs by 3.8% (median), 3.8% (largest)" in text
+    assert "The ceiling is 4.00 TB/s" in text
+    assert "that torch sees in our steps: 0." in text
+    assert "CPU" not in text
+
+
+def test_what_failed_is_not_hidden(on_gpu: Numbers, tmp_path: Path) -> None:
+    line = next(x for x in on_gpu["lines"] if x["provider"] == "fused_adamw")
+    line["problem"], line["times_rival"] = "RuntimeError: no such luck", {"gpu": None, "wall": None}
+    text = report.block([write(tmp_path, on_gpu)])
+    assert cells(text, "tiny")[3:] == ["4,000", "-", "-", "-", "-", "2 / 17", "- / 333"]
+    assert "Not timed: tiny, fused_adamw: RuntimeError: no such luck." in text
+
+
+def test_changes_since_the_commit_are_told(on_gpu: Numbers, tmp_path: Path) -> None:
+    on_gpu["machine"]["commit"] = "1a2b3c4+"
+    assert "commit `1a2b3c4` with changes" in report.block([write(tmp_path, on_gpu)])
+
+
+def test_a_cpu_is_called_a_cpu(on_cpu: Numbers, tmp_path: Path) -> None:
+    text = report.block([write(tmp_path, on_cpu)], cpu=True)
+    assert text.startswith("**Times of a CPU, which say nothing of a GPU.**")
+    assert cells(text, "tiny")[8:] == ["- / -", "- / -"]
+
+
+def no_commit(numbers: Numbers) -> None:
+    numbers["machine"]["commit"] = "unknown"
+
+
+def no_ceiling(numbers: Numbers) -> None:
+    del numbers["ceilings"]["4R3W fp32"]
+
+
+def one_side(numbers: Numbers) -> None:
+    numbers["lines"] = [x for x in numbers["lines"] if x["provider"] != "torch-fused"]
+
+
+def partly_cpu(numbers: Numbers) -> None:
+    numbers["lines"][-1]["gpu"] = []
+
+
+def named_a_gpu(numbers: Numbers) -> None:
+    del numbers["machine"]["CUDA"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        pytest.param(no_commit, "does not say which commit", id="no-commit"),
+        pytest.param(no_ceiling, "is not a step.json", id="no-ceiling"),
+        pytest.param(one_side, "lacks times of fused_adamw or of torch-fused", id="one-side"),
+        pytest.param(partly_cpu, "comes from a CPU", id="partly-cpu"),
+        pytest.param(named_a_gpu, "comes from a CPU", id="named-a-gpu"),
+    ],
+)
+def test_refused(
+    on_gpu: Numbers, tmp_path: Path, spoil: Callable[[Numbers], None], words: str
+) -> None:
+    spoil(on_gpu)
+    with pytest.raises(ValueError, match=words):
+        report.load(write(tmp_path, on_gpu))
+
+
+def test_the_command(
+    on_gpu: Numbers, on_cpu: Numbers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rewrites what is between the comments; with an error it leaves the file as it was."""
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    options = ["--readme", str(readme)]
+    cpu = write(tmp_path, on_cpu)
+    missing = tmp_path / "missing.json"
+    for path, words in (cpu, "comes from a CPU"), (missing, "No such file"), (readme, "not a step"):
+        assert report.main([str(path), *options]) == 1
+        assert words in capsys.readouterr().err
+        assert readme.read_text() == README
+    assert report.main([str(cpu), "--cpu", *options]) == 0
+    assert "Times of a CPU" in readme.read_text()
+    assert report.main([str(write(tmp_path, on_gpu)), *options]) == 0
+    text = readme.read_text()
+    assert text.startswith("# A\n\n<!-- results: written -->\n**NVIDIA Made-Up**")
+    assert text.endswith("\n<!-- /results -->\n\nrest\n")
+    assert "old" not in text
+    assert "CPU" not in text
+
+
+def test_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_gpu: Numbers) -> None:
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert report.main(["--readme", str(readme)]) == 0
+    assert "\n**No GPU has run this yet.** " in readme.read_text()
+    folder = tmp_path / "bench" / "results" / "made-up"
+    folder.mkdir(parents=True)
+    write(folder, on_gpu)
+    assert report.main(["--readme", str(readme)]) == 0
+    assert "No GPU has run" not in readme.read_text()
+    assert "NVIDIA Made-Up" in readme.read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("# A\n", id="none"),
+        pytest.param("<!-- /x -->\n<!-- x: a -->\n", id="order"),
+        pytest.param("<!-- x: a -->\n<!-- /x -->\n" * 2, id="twice"),
+        pytest.param("<!-- y: a -->\n<!-- /x -->\n", id="another"),
+    ],
+)
+def test_comments_that_are_not_there(text: str) -> None:
+    with pytest.raises(ValueError, match="once, to write between them"):
+        blocks.replace(text, "x", "new")
+
+
+def test_readme_says_what_was_measured() -> None:
+    """Or `python bench/report.py` was forgotten, or someone wrote into the table."""
+    text = (report.ROOT / "README.md").read_text()
+    assert blocks.replace(text, "results", report.block(report.results())) == text

@@ -1,0 +1,632 @@
+"""Masters, stochastic rounding, 8-bit moments: through the optimizer, on both backends."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from fused_adamw import FusedAdamW, convert_to_bf16_, formats, storage
+from fused_adamw.kernels import table as t
+from fused_adamw.launch import Launcher
+
+each = pytest.mark.parametrize
+F32, BF16, F16, F64, I16, U8 = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int16, torch.uint8),
+)
+# one element, around a vector and a quantisation block, around the kernel's block, a matrix whose
+# rows are whole quantisation blocks and one whose rows are not, nothing
+SHAPES: tuple[tuple[int, ...], ...] = (
+    *((1,), (7,), (63,), (64,), (65,), (1023,), (1024,), (1025,), (3000,)),
+    *((5, 64), (9, 128), (6, 70), (0,), (0, 64), ()),
+)
+
+
+def make(
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[Any] = SHAPES
+) -> list[Parameter]:
+    torch.manual_seed(1)
+    return [Parameter(torch.randn(s, device=device).to(dtype)) for s in shapes]
+
+
+def backward(params: Sequence[Tensor], step: int, dtype: torch.dtype = BF16) -> None:
+    """Gradients of 6 decades, that every dtype has exactly; some are missing in some steps."""
+    torch.manual_seed(100 + step)
+    for i, p in enumerate(params):
+        g = torch.randn(p.shape, device=p.device) * 10.0 ** (
+            -6 * torch.rand(p.shape, device=p.device)
+        )
+        p.grad = None if (i + step) % 6 == 5 else g.to(dtype).to(p.dtype)
+
+
+def train(optimizer: FusedAdamW, steps: range, dtype: torch.dtype = BF16) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in steps:
+        backward(params, step, dtype)
+        optimizer.step()
+
+
+def master_of(optimizer: FusedAdamW, p: Tensor) -> Tensor:
+    state = optimizer.state[p]
+    if "master_param" in state:
+        return state["master_param"]  # type: ignore[no-any-return]
+    if "master_remainder" not in state:
+        return p.detach().float()
+    return formats.decode_remainder(p.detach(), state["master_remainder"])
+
+
+def moments(optimizer: FusedAdamW, p: Tensor) -> list[Tensor]:
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    found = [storage.decoded(name, optimizer.state[p]) for name in names]
+    return [x for x in found if x is not None]
+
+
+@each(
+    "options", [{}, {"amsgrad": True, "maximize": True}, {"decoupled_weight_decay": False}], ids=str
+)
+@each("dtype", [BF16, F16], ids=str)
+def test_masters_follow_float32_to_the_bit(
+    device: torch.device, backend: Any, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    low, full = make(device, dtype), make(device, dtype)
+    full = [Parameter(p.detach().float()) for p in full]
+    options = {"lr": 0.01, "weight_decay": 0.1, "backend": backend, **options}
+    ours = FusedAdamW(low, master_weights=True, state_dtype=F32, **options)
+    truth = FusedAdamW(full, **options)
+    for step in range(6):
+        train(ours, range(step, step + 1), dtype)
+        train(truth, range(step, step + 1), dtype)
+        for p, q in zip(low, full, strict=True):
+            if p in ours.state:
+                assert torch.equal(master_of(ours, p), q.detach()), tuple(p.shape)
+                for a, b in zip(moments(ours, p), moments(truth, q), strict=True):
+                    assert torch.equal(a, b)
+            seen = formats.encode_remainder(q.detach())[0] if dtype == BF16 else q.detach().half()
+            assert torch.equal(p.detach(), seen)
+
+
+def test_master_is_two_bytes(device: torch.device, backend: Any) -> None:
+    params = make(device, BF16, [(64, 64)])
+    optimizer = FusedAdamW(params, backend=backend, master_weights=True, state_dtype="int8")
+    train(optimizer, range(1))
+    memory = optimizer.memory()
+    tables = memory.pop("tables")
+    assert (tables > 0) == (backend == "triton")
+    assert memory == {
+        "param bfloat16": 8192,
+        "grad bfloat16": 8192,
+        "step float32": 4,
+        "exp_avg_q uint8": 4096,
+        "exp_avg_scale uint8": 64,
+        "exp_avg_sq_q uint8": 4096,
+        "exp_avg_sq_scale uint8": 64,
+        "master_remainder int16": 8192,
+    }
+
+
+@each("dtype", [BF16, F16], ids=str)
+@each("how", ["data", "model", "resync"])
+def test_weights_changed_from_outside_are_followed(
+    device: torch.device, backend: Any, dtype: torch.dtype, how: str
+) -> None:
+    model = nn.Linear(70, 9, device=device, dtype=dtype)
+    optimizer = FusedAdamW(
+        model.parameters(),
+        lr=1e-3,
+        master_weights=True,
+        state_dtype=F32,  # float16 holds no squares of these gradients
+        weight_decay=0,
+        backend=backend,
+    )
+    train(optimizer, range(3))
+    other = {k: torch.randn_like(x) for k, x in model.state_dict().items()}
+    if how == "data":
+        for k, p in model.named_parameters():
+            p.data.copy_(other[k])
+    else:
+        model.load_state_dict(other)
+    if how == "resync":
+        optimizer.resync_master_weights()
+        for k, p in model.named_parameters():
+            assert torch.equal(master_of(optimizer, p), other[k].float())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for k, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), other[k], rtol=0.01, atol=0.02)
+
+
+def test_convert_keeps_the_float32_weights(device: torch.device, backend: Any) -> None:
+    def build() -> tuple[nn.Module, FusedAdamW]:
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Linear(6, 70), nn.BatchNorm1d(70), nn.Linear(70, 3)).to(device)
+        groups = [
+            {"params": list(net[0].parameters())},
+            {"params": list(net[1:].parameters()), "lr": 0.02},
+        ]
+        options: Any = {"master_weights": True, "state_dtype": F32, "backend": backend}
+        return net, FusedAdamW(groups, lr=0.01, **options)
+
+    (a, low), (b, full) = build(), build()
+    train(low, range(2))
+    train(full, range(2))
+    params = list(a.parameters())
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    assert convert_to_bf16_(a, low) is a
+    assert list(a.parameters()) == params or all(
+        map(torch.Tensor.is_set_to, a.parameters(), params)
+    )
+    assert all(x.dtype in (BF16, torch.int64) for x in a.state_dict().values())
+    assert all(p.grad is not None and p.grad.dtype == BF16 for p in params)
+    for p, q in zip(params, b.parameters(), strict=True):
+        assert torch.equal(master_of(low, p), q.detach())
+    for step in range(2, 5):
+        train(low, range(step, step + 1))
+        train(full, range(step, step + 1))
+    for p, q in zip(params, b.parameters(), strict=True):
+        assert torch.equal(master_of(low, p), q.detach())
+    assert low.state[params[0]]["step"].item() == 5
+
+
+def test_convert_before_the_first_step(device: torch.device, backend: Any) -> None:
+    net = nn.Linear(70, 3, device=device)
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = FusedAdamW(net.parameters(), master_weights=True, backend=backend)
+    convert_to_bf16_(net, optimizer)
+    for p, x in zip(net.parameters(), before, strict=True):
+        assert torch.equal(master_of(optimizer, p), x)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    for p, x in zip(net.parameters(), before, strict=True):
+        assert torch.equal(master_of(optimizer, p), x)
+    train(optimizer, range(1))
+
+
+def test_convert_wants_masters() -> None:
+    net = nn.Linear(7, 3)
+    with pytest.raises(ValueError, match="master_weights=True"):
+        convert_to_bf16_(net, FusedAdamW(net.parameters()))
+    assert net.weight.dtype == F32
+
+
+@each("options", [{"stochastic_rounding": True}, {"state_dtype": "int8"}], ids=str)
+def test_random_bits_depend_on_seed_step_and_position_alone(
+    device: torch.device, backend: Any, options: dict[str, Any]
+) -> None:
+    """The same on a replica and in other groups; not with another seed or at another position."""
+    runs = []
+    for seed, split in ((0, 0), (0, 2), (1, 0)):
+        params = make(device, BF16, [(3000,)] * 4)
+        groups = [{"params": params[:split]}, {"params": params[split:]}] if split else params
+        optimizer = FusedAdamW(groups, lr=1e-4, seed=seed, backend=backend, **options)
+        for step in range(2):
+            torch.manual_seed(step)
+            g = torch.randn(3000, device=device).bfloat16()
+            for p in params:
+                p.grad = g.clone()
+            optimizer.step()
+        key = "exp_avg_sq_q" if "state_dtype" in options else "exp_avg_sq"
+        runs.append([optimizer.state[p][key] for p in params])
+    for a, b, c in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+    assert not torch.equal(runs[0][0], runs[0][1]), "positions differ"
+
+
+@each("moments_too", [False, True])
+def test_stochastic_rounding_moves_weights_that_nearest_leaves(
+    device: torch.device, backend: Any, moments_too: bool
+) -> None:
+    """Updates of 1/16 of the distance of two bfloat16: the mean follows, the nearest stands."""
+    size, steps = 4096, 16
+    means = []
+    for stochastic in (False, True):
+        p = Parameter(torch.full((size,), 1.0, dtype=BF16, device=device))
+        optimizer = FusedAdamW(
+            [p],
+            lr=2.0**-11,  # bfloat16 next to 1.0: 2^-7 above, 2^-8 below
+            weight_decay=0,
+            stochastic_rounding=stochastic,
+            state_dtype=None if moments_too else F32,
+            backend=backend,
+        )
+        for _ in range(steps):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        means.append(p.double().mean().item())
+        values = set(p.detach().float().unique().tolist())
+    assert means[0] == 1.0
+    expected = 1 - steps * 2.0**-11
+    sigma = 2.0**-8 / 2 / math.sqrt(size)
+    assert abs(means[1] - expected) < 5 * sigma
+    assert len(values) > 2
+
+
+def test_second_moments_in_bfloat16_decay_only_with_stochastic_rounding(
+    device: torch.device, backend: Any
+) -> None:
+    kept = []
+    for stochastic in (False, True):
+        p = Parameter(torch.zeros(4096, dtype=BF16, device=device))
+        optimizer = FusedAdamW([p], stochastic_rounding=stochastic, backend=backend)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        first = optimizer.state[p]["exp_avg_sq"].double().mean().item()
+        for _ in range(20):
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+        kept.append(optimizer.state[p]["exp_avg_sq"].double().mean().item() / first)
+    assert kept[0] == 1.0
+    assert kept[1] == pytest.approx(0.999**20, abs=5 * 2.0**-8 * 4 / math.sqrt(4096))
+
+
+@each("amsgrad", [False, True])
+@each("dtype", [F32, BF16], ids=str)
+def test_8_bit_moments_are_near_float32(
+    device: torch.device, backend: Any, dtype: torch.dtype, amsgrad: bool
+) -> None:
+    params, others = make(device, dtype), make(device, dtype)
+    options: Any = {"amsgrad": amsgrad, "backend": backend, "lr": 0.01}
+    ours = FusedAdamW(params, state_dtype="int8", **options)
+    truth = FusedAdamW(others, state_dtype=F32, **options)
+    for step in range(5):
+        train(ours, range(step, step + 1))
+        train(truth, range(step, step + 1))
+    for p, q in zip(params, others, strict=True):
+        if q not in truth.state or not p.numel():
+            continue
+        assert not {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"} & ours.state[p].keys()
+        for a, b in zip(moments(ours, p), moments(truth, q), strict=True):
+            largest = b.abs().max()
+            assert ((a - b).abs() <= 0.08 * b.abs() + 0.02 * largest).all()
+        assert ours.state[p]["step"] == truth.state[q]["step"]
+
+
+@each("pair", [("int8", F32), (BF16, "int8"), (F32, BF16), (None, "int8")], ids=str)
+def test_moments_may_differ(device: torch.device, backend: Any, pair: Any) -> None:
+    params = make(device, BF16)
+    optimizer = FusedAdamW(params, state_dtype=pair, backend=backend)
+    train(optimizer, range(2))
+    for p in params:
+        for name, wanted in zip(("exp_avg", "exp_avg_sq"), pair, strict=True):
+            key = f"{name}_q" if wanted == "int8" else name
+            dtype = U8 if wanted == "int8" else (wanted or BF16)
+            assert optimizer.state[p][key].dtype == dtype
+
+
+def test_all_formats_in_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per-group options, mixed freely; each group as in an optimizer of its own."""
+    launched: list[int] = []
+    real = Launcher.launch
+
+    def counted(self: Launcher, *arguments: Any) -> None:
+        launched.append(1)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Launcher, "launch", counted)
+    kinds: list[tuple[torch.dtype, dict[str, Any]]] = [
+        (F32, {}),
+        (F32, {"state_dtype": "int8"}),
+        (BF16, {"state_dtype": F32}),
+        (BF16, {"master_weights": True, "state_dtype": "int8"}),
+        (BF16, {"stochastic_rounding": True}),
+        (F16, {"master_weights": True, "state_dtype": (BF16, F32)}),
+    ]
+    groups = [{"params": make(device, dtype, [(5, 64), (1025,)]), **o} for dtype, o in kinds]
+    optimizer = FusedAdamW(groups, backend="triton", lr=0.01)
+    for step in range(3):
+        train(optimizer, range(step, step + 1))
+    assert len(launched) == 3
+    for number, (dtype, options) in enumerate(kinds):
+        params = [p for d, _ in kinds[: number + 1] for p in make(device, d, [(5, 64), (1025,)])]
+        before, own = params[: 2 * number], params[2 * number :]
+        alone = FusedAdamW(
+            [{"params": before, "lr": 0.0}, {"params": own, **options}], backend="triton", lr=0.01
+        )
+        for step in range(3):
+            train(alone, range(step, step + 1))
+        for p, q in zip(groups[number]["params"], own, strict=True):
+            assert torch.equal(p, q), (dtype, options)
+            for key, x in alone.state[q].items():
+                assert torch.equal(optimizer.state[p][key], x), key
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "float32": {"state_dtype": F32},
+    "bfloat16": {"state_dtype": BF16},
+    "int8": {"state_dtype": "int8"},
+    "master": {"master_weights": True, "state_dtype": F32},
+    "master+int8": {"master_weights": True, "state_dtype": "int8"},
+    "stochastic": {"stochastic_rounding": True},
+}
+
+
+@each("amsgrad", [False, True])
+@each("name", FORMATS)
+def test_resume_is_bit_exact(device: torch.device, backend: Any, name: str, amsgrad: bool) -> None:
+    """Through a file that holds plain tensors, into a new optimizer; the seed comes along."""
+    options: Any = {"backend": backend, "amsgrad": amsgrad, "lr": 0.01, **FORMATS[name]}
+    params, others = make(device, BF16), make(device, BF16)
+    straight = FusedAdamW(params, seed=5, **options)
+    train(straight, range(3))
+    file = io.BytesIO()
+    torch.save(straight.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    resumed = FusedAdamW(others, **options)
+    resumed.load_state_dict(loaded)
+    for x in loaded["state"].values():
+        for value in x.values():
+            if isinstance(value, Tensor):
+                value.fill_(1)  # nothing is aliased
+    for _ in range(2):
+        train(straight, range(3, 5))
+        train(resumed, range(3, 5))
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        a, b = straight.state[p], resumed.state[q]
+        assert a.keys() == b.keys()
+        assert all(torch.equal(x, b[key]) for key, x in a.items())
+
+
+@each("source", FORMATS)
+@each("target", FORMATS)
+def test_load_converts(device: torch.device, source: str, target: str) -> None:
+    params = make(device, BF16)
+    saver = FusedAdamW(params, lr=0.01, **FORMATS[source])
+    train(saver, range(3))
+    loader = FusedAdamW(params, lr=0.01, **FORMATS[target])
+    loader.load_state_dict(saver.state_dict())
+    group = loader.param_groups[0]
+    for key in ("master_weights", "stochastic_rounding", "state_dtype"):
+        assert group.get(key, storage.OPTIONS[key]) == FORMATS[target].get(
+            key, storage.OPTIONS[key]
+        )
+    for p in params:
+        if p not in saver.state:
+            continue
+        assert loader.state[p]["step"] == saver.state[p]["step"]
+        for a, b in zip(moments(saver, p), moments(loader, p), strict=True):
+            exact = source == target or (target, source) == ("float32", "bfloat16")
+            if exact:
+                assert torch.equal(a.float(), b.float())
+            elif p.numel():
+                assert (
+                    (a.float() - b.float()).abs() <= 0.04 * a.abs() + 0.01 * a.abs().max()
+                ).all()
+        if "master" in source and "master" in target:
+            assert torch.equal(master_of(saver, p), master_of(loader, p))
+        elif "master" in target:
+            assert torch.equal(master_of(loader, p), p.float())
+    train(loader, range(3, 4))
+    for p in saver.state:
+        assert loader.state[p].keys() == {"step", *storage.storage_of(group, p).keys}
+
+
+def test_torch_loads_plain_formats_and_refuses_codes(device: torch.device) -> None:
+    params = make(device, F32)
+    for name in ("float32", "int8"):
+        ours = FusedAdamW(params, **FORMATS[name])
+        train(ours, range(1))
+        torchs = torch.optim.AdamW(params)
+        torchs.load_state_dict(copy.deepcopy(ours.state_dict()))
+        backward(params, 7)
+        if name == "int8":
+            with pytest.raises(KeyError, match="exp_avg"):
+                torchs.step()
+        else:
+            torchs.step()
+
+
+@each("fused", [False, True])
+def test_from_torch(device: torch.device, fused: bool) -> None:
+    params = make(device, F32)
+    torchs = torch.optim.AdamW(params, fused=fused)
+    for step in range(2):
+        backward(params, step)
+        torchs.step()
+    ours = FusedAdamW(params, state_dtype="int8")
+    ours.load_state_dict(torchs.state_dict())
+    for p in params:
+        if p in torchs.state and p.numel():
+            for a, b in zip(moments(ours, p), list(torchs.state[p].values())[1:], strict=True):
+                assert ((a - b).abs() <= 0.04 * b.abs() + 0.01 * b.abs().max()).all()
+
+
+@each("name", FORMATS)
+def test_copies(device: torch.device, backend: Any, name: str) -> None:
+    params = make(device, BF16)
+    optimizer = FusedAdamW(params, lr=0.01, backend=backend, **FORMATS[name])
+    train(optimizer, range(2))
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        own = twin.param_groups[0]["params"]
+        train(twin, range(2, 3))
+        assert {k for p in own for k in twin.state[p]} == {
+            k for p in params for k in optimizer.state[p]
+        }
+    train(optimizer, range(2, 3))
+    for p, q in zip(params, own, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_options_may_change_between_steps(device: torch.device, backend: Any) -> None:
+    params = make(device, BF16)
+    optimizer = FusedAdamW(params, lr=0.01, backend=backend)
+    for step, name in enumerate(FORMATS):
+        group = optimizer.param_groups[0]
+        group.update({**storage.OPTIONS, **FORMATS[name]})
+        train(optimizer, range(step, step + 1))
+        for p, state in optimizer.state.items():
+            assert state.keys() == {"step", *storage.storage_of(group, p).keys}
+
+
+@each("layout", ["channels_last", "transposed", "slice", "unaligned"])
+@each("name", ["master+int8", "stochastic"])
+def test_layouts(device: torch.device, layout: str, name: str) -> None:
+    """Both backends keep the same, in memory order; loading into another layout keeps values."""
+    build = {
+        "channels_last": lambda: torch.randn(4, 64, 5, 3).to(memory_format=torch.channels_last),
+        "transposed": lambda: torch.randn(70, 64).t(),
+        "slice": lambda: torch.randn(9, 130)[:, 1:129],
+        "unaligned": lambda: torch.randn(64 * 20 + 1)[1:].view(20, 64),
+    }[layout]
+    runs = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(2)
+        value = build()
+        whole = (
+            torch.empty_strided(
+                value.untyped_storage().nbytes() // 4 and value.shape, value.stride(), dtype=BF16
+            )
+            if layout != "slice" and layout != "unaligned"
+            else None
+        )
+        if whole is None:
+            buffer = torch.zeros(value.untyped_storage().nbytes() // 4, dtype=BF16, device=device)
+            whole = buffer.as_strided(value.shape, value.stride(), value.storage_offset())
+        whole = whole.to(device)
+        whole.copy_(value)
+        p = Parameter(whole)
+        optimizer: Any = FusedAdamW([p], lr=0.01, backend=backend, **FORMATS[name])
+        train(optimizer, range(2))
+        runs.append((p, optimizer))
+    (p, a), (q, b) = runs
+    for x, y in zip(moments(a, p), moments(b, q), strict=True):
+        assert x.stride() == y.stride()
+        torch.testing.assert_close(x, y, rtol=0.07, atol=1e-3)
+    torch.testing.assert_close(master_of(a, p), master_of(b, q), rtol=0.01, atol=0.02)
+    plain = Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+    other: Any = FusedAdamW([plain], **FORMATS[name])
+    other.load_state_dict(a.state_dict())
+    for x, y in zip(moments(a, p), moments(other, plain), strict=True):
+        torch.testing.assert_close(x, y, rtol=0.07, atol=1e-3)
+    train(other, range(2, 3))
+
+
+def test_graph_of_what_is_shown(device: torch.device) -> None:
+    params = make(device, BF16, [(5, 64), (7,)])
+    groups = [{"params": params[:1], "state_dtype": "int8", "master_weights": True}]
+    optimizer = FusedAdamW([*groups, {"params": params[1:]}])
+    shown = repr(optimizer)
+    assert "bfloat16 with master_remainder int16, exp_avg 8 bits in blocks of 64" in shown
+    assert "bfloat16, exp_avg bfloat16, exp_avg_sq bfloat16: 1 parameters" in shown
+    assert "Stored" not in repr(FusedAdamW(make(device, BF16)))
+
+
+@each(
+    ("options", "message"),
+    [
+        ({"state_dtype": "int4"}, "Invalid state_dtype: 'int4'"),
+        ({"state_dtype": torch.float16}, "Invalid state_dtype"),
+        ({"state_dtype": (F32,)}, "Invalid state_dtype"),
+        ({"state_dtype": ["int8", [1]]}, "Invalid state_dtype"),
+        ({"seed": -1}, "Invalid seed: -1"),
+        ({"seed": 1.5}, "Invalid seed"),
+        ({"differentiable": True, "state_dtype": "int8"}, "functional AdamW"),
+    ],
+    ids=str,
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    p = Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=message):
+        FusedAdamW([p], **options)
+    optimizer = FusedAdamW([p])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(3))], **options})
+    assert len(optimizer.param_groups) == 1
+    p.grad = torch.ones_like(p)
+    optimizer.param_groups[0].update(options)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@each(
+    ("dtype", "options", "message"),
+    [
+        (torch.complex64, {"state_dtype": F32}, "their moments are complex"),
+        (F64, {"state_dtype": "int8"}, "computed in float32"),
+        (F16, {"stochastic_rounding": True}, "rounds to bfloat16 alone"),
+    ],
+    ids=str,
+)
+def test_dtypes_that_cannot_be_stored_so(
+    dtype: torch.dtype, options: dict[str, Any], message: str, backend: Any, device: torch.device
+) -> None:
+    good = Parameter(torch.ones(3, device=device))
+    bad = Parameter(torch.ones(3, dtype=dtype, device=device))
+    optimizer = FusedAdamW([good, bad], backend=backend, **options)
+    good.grad, bad.grad = torch.ones_like(good), torch.ones_like(bad)
+    with pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(good, torch.ones_like(good))
+
+
+def test_float64_and_float32_params_beside(device: torch.device, backend: Any) -> None:
+    """Options that mean nothing for a dtype leave it alone."""
+    params = [Parameter(torch.ones(9, dtype=d, device=device)) for d in (F64, F32)]
+    plain = [Parameter(p.detach().clone()) for p in params]
+    ours = FusedAdamW(params, master_weights=True, stochastic_rounding=True, backend=backend)
+    truth = FusedAdamW(plain, backend=backend)
+    for step in range(2):
+        train(ours, range(step, step + 1))
+        train(truth, range(step, step + 1))
+    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
+
+
+def test_a_damaged_state_is_refused(device: torch.device, backend: Any) -> None:
+    p = Parameter(torch.ones(200, device=device))
+    optimizer = FusedAdamW([p], state_dtype="int8", backend=backend)
+    train(optimizer, range(1))
+    saved, state = copy.deepcopy(optimizer.state_dict()), optimizer.state[p]
+    for key, bad, error, message in (
+        (
+            "exp_avg_scale",
+            torch.zeros(3, dtype=U8, device=device),
+            RuntimeError,
+            "4 blocks|blocks of",
+        ),
+        ("exp_avg_q", torch.zeros(200, device=device), TypeError, "kept in torch.uint8"),
+        ("exp_avg_sq_q", torch.zeros(199, dtype=U8, device=device), RuntimeError, "shape"),
+    ):
+        kept, before = state[key], p.detach().clone()
+        state[key] = bad
+        p.grad = torch.ones_like(p)
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        state[key] = kept
+        assert torch.equal(p, before)
+        broken = copy.deepcopy(saved)
+        broken["state"][0][key] = bad
+        with pytest.raises(error, match=message):
+            optimizer.load_state_dict(broken)
+    del saved["state"][0]["exp_avg_scale"]
+    with pytest.raises(RuntimeError, match="but not"):
+        optimizer.load_state_dict(saved)
+
+
+def test_bytes_of_formats() -> None:
+    """DESIGN's floor."""
+    for signature, wanted in (
+        (t.Signature(BF16, BF16, F32, F32, False, I16), 26),
+        (t.Signature(BF16, BF16, U8, U8, False, I16), 14 + 4 / 64),
+        (t.Signature(BF16, BF16, U8, U8, False), 10 + 4 / 64),
+        (t.Signature(BF16, BF16, BF16, BF16, False, None, True), 14),
+        (t.Signature(F16, F16, F16, F16, False, F32), 22),
+        (t.Signature(F32, F32, U8, U8, True), 12 + 6 + 6 / 64),
+    ):
+        assert signature.bytes_per_element == wanted
