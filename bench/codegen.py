@@ -63,6 +63,7 @@ class Case(NamedTuple):
     scaled: bool = False  # under GradScaler: unscaled gradients are stored, steps may be skipped
     kernel: Literal["adamw", "schedule", "norm"] = "adamw"
     clipped: bool = False  # the schedule takes a norm
+    measured: bool = False  # with group_metrics
     variant: dict[str, Any] = {}  # noqa: RUF012  # launch parameters other than the target's own
 
 
@@ -96,11 +97,21 @@ SETS = {
     "mixed+fp32-looped": Case(
         (_MIXED, _ALL["fp32"]), variant={"blocks_per_program": 4, "maxnreg": 0}
     ),
+    "fp32-measured": Case((_ALL["fp32"],), measured=True),
+    "bf16-measured": Case((_ALL["bf16"],), measured=True),
+    "mixed+fp32-measured": Case((_MIXED, _ALL["fp32"]), measured=True),
+    "fp32-amsgrad-measured": Case((signature("fp32/fp32/fp32", amsgrad=True),), measured=True),
+    "fp64-measured": Case((_ALL["fp64"],), measured=True),
+    "mixed+fp32-scaled-measured": Case((_MIXED, _ALL["fp32"]), scaled=True, measured=True),
+    "mixed+fp32-looped-measured": Case(
+        (_MIXED, _ALL["fp32"]), variant={"blocks_per_program": 4, "maxnreg": 0}, measured=True
+    ),
     "schedule": Case((_ALL["fp32"],), kernel="schedule"),
     "schedule-clipped": Case((_ALL["fp32"],), scaled=True, kernel="schedule", clipped=True),
     "norm-fp32": Case((_ALL["fp32"],), kernel="norm"),
     "norm-bf16": Case((_ALL["bf16"],), kernel="norm"),
     "norm-mixed+fp32": Case((_MIXED, _ALL["fp32"]), kernel="norm"),
+    "schedule-measured": Case((_ALL["fp32"],), kernel="schedule", measured=True),
     "schedule-scaled": Case((_ALL["fp32"],), scaled=True, kernel="schedule"),
     "schedule-fp64-scaled": Case((_ALL["fp64"],), scaled=True, kernel="schedule"),
 }
@@ -116,6 +127,7 @@ class Report:
     target: str
     signatures: tuple[tuple[str, ...], ...]  # dtypes of param, grad, exp_avg, exp_avg_sq (and max)
     scaled: bool
+    measured: bool
     elements_per_thread: int
     registers: int
     spills: int  # NVIDIA: local loads and stores; AMD: registers spilled
@@ -218,11 +230,13 @@ def compile_case(name: str, target: str, case: Case | None = None) -> Report:
             scalar = cast(Tensor, Address(torch.float32)) if case.scaled else None
             sums = cast(Tensor, Address(torch.float64))
             given = schedule.Norm(sums, sums, skip_nonfinite=True) if case.clipped else None
-            schedule.schedule(table, MEMORY, scalar, scalar, given)
+            counted = cast(Tensor, Address(torch.float64)) if case.measured else None
+            schedule.schedule(table, MEMORY, scalar, scalar, given, counted)
         elif case.kernel == "norm":
             norm.sum_squares(table, MEMORY.words, cast(Tensor, Address(torch.float64)))
         else:
-            adamw.adamw(table, MEMORY, store_grad=case.scaled)
+            rows = cast(Tensor, Address(torch.float32)) if case.measured else None
+            adamw.adamw(table, MEMORY, store_grad=case.scaled, rows=rows)
     (launch,) = seen
     block = cast(int, launch.kwargs["TENSORS" if case.kernel == "schedule" else "BLOCK"])
     threads = launch.compiled.metadata.num_warps * TARGETS[target].warp_size
@@ -242,6 +256,7 @@ def compile_case(name: str, target: str, case: Case | None = None) -> Report:
             for s in case.signatures
         ),
         scaled=case.scaled,
+        measured=case.measured,
         elements_per_thread=per_thread,
         registers=code.registers,
         spills=code.spills,

@@ -129,8 +129,12 @@ class Launcher:
         kept = [x for memory in memories if memory is not None for x in memory]
         return sum(x.nbytes for x in (*kept, *self._sums.values()))
 
-    def prepare(self, table: t.Table, groups: GroupRows, store_grad: bool) -> t.Table:
+    def prepare(
+        self, table: t.Table, groups: GroupRows, store_grad: bool, rows: Tensor | None = None
+    ) -> t.Table:
         """The table with its groups, when all that can fail before the first launch has not.
+
+        rows: of measures, as kernels/adamw.py takes them, or None.
 
         Raises:
             RuntimeError: a stream is captured, and no step has reserved memory for this table.
@@ -150,9 +154,10 @@ class Launcher:
                 self._reserve_memory(table)
             memory = self._memory if self._reserve is None else self._reserve[0]
             assert memory is not None
-            if (table.signatures, store_grad) not in self._compiled:
-                self.kernels.adamw.compile_for(table, memory, store_grad)
-                self._compiled.add((table.signatures, store_grad))
+            kind = table.signatures, store_grad, rows is not None
+            if kind not in self._compiled:
+                self.kernels.adamw.compile_for(table, memory, store_grad, rows)
+                self._compiled.add(kind)
         return table
 
     def upload(self, table: t.Table, alive: object) -> t.Memory:
@@ -185,18 +190,24 @@ class Launcher:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         norm: tuple[Tensor, Tensor, bool] | None = None,
+        measures: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Update the tensors of an uploaded table.
 
         grad_scale, found_inf: as GradScaler sets them, or None. norm: kernels/schedule.py's Norm.
+        measures: telemetry.py's Measures.
         """
         with self._current_device():
             grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
             if is_capturing(self.device):
-                self.captured.append((grad_scale, found_inf, norm))
+                self.captured.append((grad_scale, found_inf, norm, measures))
+            elif measures is not None and self.device.type != "cpu":
+                for x in measures:  # another stream may have allocated them
+                    x.record_stream(torch.accelerator.current_stream(self.device))
+            rows, counted = measures or (None, None)
             given = None if norm is None else self.kernels.schedule.Norm(*norm)
-            self.kernels.schedule.schedule(table, memory, grad_scale, found_inf, given)
-            self.kernels.adamw.adamw(table, memory, store_grad=grad_scale is not None)
+            self.kernels.schedule.schedule(table, memory, grad_scale, found_inf, given, counted)
+            self.kernels.adamw.adamw(table, memory, store_grad=grad_scale is not None, rows=rows)
 
     def _current_device(self) -> contextlib.AbstractContextManager[Any]:
         if self.device.type == "cpu":

@@ -19,6 +19,7 @@ from . import norm as norming
 from . import plan as planning
 from . import state as stating
 from . import storage as storing
+from . import telemetry as measuring
 from .checks import check_hypers, check_plain
 from .kernels import table as t
 from .launch import GroupRows, Launcher, group_rows, is_capturing
@@ -27,13 +28,14 @@ from .norm import Clipping, check_clipping
 from .plan import Entry, Grads, Plan, Seen, flat
 from .shards import LocalGrads, as_param, local, local_grads, local_state, place_of
 from .storage import StateDtype
+from .telemetry import Measures, Telemetry
 
 if TYPE_CHECKING:
     from .release import GradientRelease
 
 Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
-_OPTIONS = ("backend", "max_grad_norm", "skip_nonfinite", "grad_norm_group")
+_OPTIONS = ("backend", "max_grad_norm", "skip_nonfinite", "grad_norm_group", "group_metrics")
 _KERNEL_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
 
@@ -86,6 +88,9 @@ class FusedAdamW(Optimizer):
             ones (FSDP1's flat params, ZeRO-1), or a pipeline's stages, also of DTensors. Without
             one each rank would clip by the norm of its own part. All its ranks have to step, even
             one that holds nothing. An attribute, too.
+        group_metrics: have each step measure its updates for :meth:`metrics`, in the same launches:
+            16 bytes of memory for each 1,024 elements, written once a step. An attribute, too: in
+            steps without it nothing is measured or written. No part of the ``state_dict``.
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -121,6 +126,7 @@ class FusedAdamW(Optimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         grad_norm_group: Any = None,
+        group_metrics: bool = False,
     ) -> None:
         if backend not in ("auto", "triton", "reference"):
             raise ValueError(f"Invalid backend: {backend!r} (want 'auto', 'triton' or 'reference')")
@@ -155,6 +161,7 @@ class FusedAdamW(Optimizer):
         self.backend: Backend = backend
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self.grad_norm_group = grad_norm_group
+        self.group_metrics = group_metrics
         super().__init__(params, defaults)
         self._forget()
 
@@ -169,6 +176,7 @@ class FusedAdamW(Optimizer):
             *(c for x in self.__dict__.get("_launchers", {}).values() for c in x.captured),
         ]
         self._launchers: dict[torch.device, Launcher] = {}
+        self._telemetry: Telemetry | None = None
         # by device; a load goes on counting
         self._metrics: dict[torch.device, Tensor] = self.__dict__.get("_metrics", {})
         self._say_who_unscales()
@@ -287,19 +295,29 @@ class FusedAdamW(Optimizer):
                 "use torch.nn.utils.clip_grad_norm_, with max_grad_norm=None and "
                 "skip_nonfinite=False."
             )
+        if differentiable and self.group_metrics:
+            raise RuntimeError(
+                "A group with differentiable=True is updated by torch, which measures nothing: "
+                "set group_metrics=False."
+            )
         self._check_changed_hypers(clipping.max_norm)
         if found_inf is not None:  # what one rank has found is in the norm of all
             clipping = clipping._replace(skip_nonfinite=clipping.wanted)
         here = local_grads(flat(self.param_groups))
-        plan, seen = self._current_plan(here, clipping.wanted)
+        plan, seen = self._current_plan(here, clipping.wanted or self.group_metrics)
         grads = seen.grads
         if clipping.wanted:
             self._make_metrics(plan.by_device)
+        measures: Mapping[torch.device, Measures] = {}
+        if self.group_metrics:
+            self._telemetry = measuring.follow(self._telemetry, plan, len(self.param_groups))
+            measures = self._telemetry.measures
         tables = {
             device: self._launchers[device].prepare(
                 table,
                 self._group_rows(device, clipping.max_norm),
                 store_grad=grad_scale is not None,
+                rows=measures[device].rows if measures else None,
             )
             for device, table in plan.tables.items()
         }
@@ -325,11 +343,22 @@ class FusedAdamW(Optimizer):
                     if clipping.wanted:
                         norm = norms[device], self._metrics[device], clipping.skip_nonfinite
                     self._launchers[device].launch(
-                        tables[device], memories[device], grad_scale, found_inf, norm
+                        tables[device],
+                        memories[device],
+                        grad_scale,
+                        found_inf,
+                        norm,
+                        measures.get(device),
                     )
                 else:
                     self._run_reference(
-                        entries, grads, grad_scale, found_inf, clipping, norms.get(device)
+                        entries,
+                        grads,
+                        grad_scale,
+                        found_inf,
+                        clipping,
+                        norms.get(device),
+                        measures.get(device),
                     )
             for e, grad in copied:
                 if e.dense is not None:
@@ -456,20 +485,39 @@ class FusedAdamW(Optimizer):
                 self._metrics[device] = torch.zeros(t.METRICS, dtype=torch.float64, device=device)
 
     def metrics(self) -> dict[str, Tensor]:
-        """What the last steps with ``max_grad_norm`` or ``skip_nonfinite`` found.
+        """What the last steps with ``max_grad_norm``, ``skip_nonfinite``, ``group_metrics`` found.
 
         Returns 0-dim float64 tensors on the params' device, copies: ``grad_norm``, before clipping
         and unscaled; ``clip_factor``, by which gradients were multiplied; ``skipped_steps``, all
         since construction, for overflows that GradScaler found, too. Nothing waits for the device
         but who reads them. Zeros before the first such step, and on a rank with nothing to update.
+
+        With ``group_metrics`` also float64 ``[n_groups]``, of the params that had a gradient in the
+        last step that was not skipped:
+
+        * ``update_rms``: root mean square of what was to be added to the params, decay included;
+        * ``param_rms``: that of the params, after the step;
+        * ``lost_updates``: share, in [0, 1], of the updates other than zero that rounding undid:
+          the param is what it was.
+
+        They are those of whole params: DTensors are added up over their mesh, replicas counted
+        once, so that every rank has to call this. Complex elements count as two. Zeros for a group
+        without such params, after a load, and where a skipped step was the first of some param. On
+        GPUs float32 squares are added: numbers below 1e-22 count as 0, above 1e19 as infinity.
         """
         kept = next(iter(self._metrics.values()), None)
         values = torch.zeros(t.METRICS, dtype=torch.float64) if kept is None else kept.clone()
-        return {
+        found = {
             "grad_norm": values[t.NORM],
             "clip_factor": values[t.CLIP_FACTOR],
             "skipped_steps": values[t.SKIPPED],
         }
+        if self.group_metrics:
+            params = flat(self.param_groups)
+            device = local(params[0]).device if params else torch.device("cpu")
+            n_groups, given = len(self.param_groups), self.grad_norm_group
+            found |= measuring.read(self._telemetry, n_groups, device, given)
+        return found
 
     @torch.no_grad()
     def resync_master_weights(self) -> None:
@@ -525,6 +573,7 @@ class FusedAdamW(Optimizer):
         found_inf: Tensor | None,
         clipping: Clipping,
         sums: Tensor | None,
+        measures: Measures | None,
     ) -> None:
         scale = 1.0 if grad_scale is None else float(grad_scale)
         factor: float | None = 1.0
@@ -536,8 +585,10 @@ class FusedAdamW(Optimizer):
             )
         if overflow or factor is None:
             return
+        for x in measures or ():
+            x.zero_()
         known: dict[tuple[int, float], reference.Scalars] = {}
-        for e in entries:
+        for i, e in enumerate(entries):
             grad = grads[e.place] if e.grad_copy is None else e.grad_copy
             if grads[e.place] is None or grad is None:
                 continue
@@ -548,6 +599,10 @@ class FusedAdamW(Optimizer):
                     self.param_groups[e.group], step, scale, factor
                 )
             param = e.local if e.dense is None else e.dense
+            measured = None
+            if measures is not None:
+                measures.counted[i] = param.numel() * (2 if param.is_complex() else 1)
+                measured = measures.rows[i]
             if e.storage.plain:
                 reference.adamw(
                     param,
@@ -557,6 +612,7 @@ class FusedAdamW(Optimizer):
                     state["max_exp_avg_sq"] if e.storage.amsgrad else None,
                     known[e.group, step],
                     store_grad=grad_scale is not None,
+                    measures=measured,
                 )
                 continue
             seed = self.param_groups[e.group].get("seed", 0)
@@ -569,6 +625,7 @@ class FusedAdamW(Optimizer):
                 known[e.group, step],
                 reference.Random(*keys, place_of(e.name, e.param)),
                 store_grad=grad_scale is not None,
+                measures=measured,
             )
 
     def _run_differentiable(self, group: dict[str, Any]) -> None:

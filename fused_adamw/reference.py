@@ -94,12 +94,13 @@ def adamw(
     max_exp_avg_sq: Tensor | None,
     scalars: Scalars,
     store_grad: bool = False,
+    measures: Tensor | None = None,
 ) -> None:
     """Update one tensor piece by piece, so that all temporaries stay in the cache.
 
     The tensors are dense and share one memory layout; dtypes are free (float64 params are computed
     in float64, all others in float32, with one rounding at the store). With `store_grad` the
-    unscaled gradient is left in `grad`.
+    unscaled gradient is left in `grad`. `measures`: float64 [MEASURES], sums to add to, or None.
     """
     compute = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
     kept = [param, exp_avg, exp_avg_sq, *([] if max_exp_avg_sq is None else [max_exp_avg_sq])]
@@ -119,10 +120,30 @@ def adamw(
             g_stored.copy_(torch.mul(g, scalars.unscale, out=d))
         values = [x if x.dtype == compute else buffers.pop().copy_(x) for x in stored]
         p, m, v, *maximum = values
+        old = None if measures is None else p.clone()
         adamw_update(p, g, m, v, maximum[0] if maximum else None, d, scalars)
         for x, value in zip(stored, values, strict=True):
             if value is not x:
                 x.copy_(value)
+        if measures is not None and old is not None:
+            measure(_added(old, m, d, scalars), old, stored[0].to(compute), measures)
+
+
+def _added(old: Tensor, m: Tensor, d: Tensor, scalars: Scalars) -> Tensor:
+    """What an update was to add to p, decay included."""
+    decayed = old * scalars.decay if scalars.decay else torch.zeros_like(old)
+    return decayed.addcdiv_(m, d, value=scalars.neg_step_size)
+
+
+def measure(added: Tensor, old: Tensor, kept: Tensor, sums: Tensor) -> None:
+    """Add what an update has done to `sums`, float64 [MEASURES].
+
+    added: to p, before any rounding to its own spacing; kept: p as it is read in the next step.
+    """
+    sums[t.ADDED_SQUARES] += added.double().square().sum()
+    sums[t.PARAM_SQUARES] += kept.double().square().sum()
+    sums[t.ADDED] += added.count_nonzero()
+    sums[t.LOST] += ((added != 0) & (kept == old)).count_nonzero()
 
 
 class Random(NamedTuple):
@@ -149,6 +170,7 @@ def adamw_stored(
     scalars: Scalars,
     random: Random,
     store_grad: bool = False,
+    measures: Tensor | None = None,
 ) -> None:
     """Update one real tensor with a master, 8-bit moments or stochastic rounding, piece by piece.
 
@@ -171,12 +193,15 @@ def adamw_stored(
             g = g.clone()
         if store_grad:
             piece["grad"].copy_(g * scalars.unscale)
-        adamw_update(p, g, m, v, maximum[0] if maximum else None, torch.empty_like(p), scalars)
+        old, d = None if measures is None else p.clone(), torch.empty_like(p)
+        adamw_update(p, g, m, v, maximum[0] if maximum else None, d, scalars)
         bits = random.bits(start, start + len(p), p.device)
         _encode_param(piece, p, (bits & 0xFFFF).int() if storage.stochastic else None)
         high = (bits >> 16).int()
         for name, x in zip(storage.moments, (m, v, *maximum), strict=True):
             _encode(name, piece, x, high, storage.stochastic and name != "exp_avg")
+        if measures is not None and old is not None:
+            measure(_added(old, m, d, scalars), old, _decoded_param(piece), measures)
 
 
 def _decoded_param(piece: Mapping[str, Tensor]) -> Tensor:

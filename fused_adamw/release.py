@@ -264,6 +264,11 @@ class GradientRelease:
                 "skip_nonfinite=True: when NaN or infinity is found, some parameters have been "
                 "updated already. Set optimizer.skip_nonfinite = False"
             )
+        elif self._optimizer.group_metrics:
+            why = (
+                "group_metrics=True: each bucket would measure for itself. Set "
+                "optimizer.group_metrics = False"
+            )
         elif self._optimizer.max_grad_norm is not None and not self._clip_by_last_norm:
             why = (
                 "max_grad_norm: the norm is known when backward is over, and parameters are "

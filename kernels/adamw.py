@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import table as t
 from .codecs import (
@@ -27,6 +28,7 @@ from .columns import (
     KEY0,
     KEY1,
     L2,
+    MEASURES,
     NEG_STEP_SIZE,
     RSQRT_BIAS2,
     SCALARS,
@@ -42,6 +44,9 @@ _EXP_AVG_SQ = tl.constexpr(t.EXP_AVG_SQ)
 _MAX_EXP_AVG_SQ = tl.constexpr(t.MAX_EXP_AVG_SQ)
 _NUMEL = tl.constexpr(t.NUMEL)
 _SIGNATURE = tl.constexpr(t.SIGNATURE)
+_ADDED_SQUARES = tl.constexpr(t.ADDED_SQUARES)
+_ADDED = tl.constexpr(t.ADDED)
+_LOST = tl.constexpr(t.LOST)
 _MASTER = tl.constexpr(t.MASTER)
 _EXP_AVG_SCALE = tl.constexpr(t.EXP_AVG_SCALE)
 _EXP_AVG_SQ_SCALE = tl.constexpr(t.EXP_AVG_SQ_SCALE)
@@ -91,7 +96,10 @@ def _adamw_update(
     p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2,
     AMSGRAD: tl.constexpr, EXACT: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """One AdamW update of values in the compute dtype; the scalars are schedule.py's."""
+    """One AdamW update of values in the compute dtype; the scalars are schedule.py's.
+
+    The last value is what was added to p, before any rounding to p's own spacing.
+    """
     g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
     m = _average(m, g, w1, g - m)
     # An overflowed second moment counts as the largest number: inf - inf would be NaN. It still is
@@ -103,9 +111,30 @@ def _adamw_update(
         d = _sqrt(v_max, EXACT) * rsqrt_bias2 + eps
     else:
         d = _sqrt(v, EXACT) * rsqrt_bias2 + eps
-    p = tl.where(decay != 0, tl.fma(p, decay, p), p)
-    p = tl.fma(neg_step_size, _quotient(m, d, EXACT), p)
-    return p, m, v, v_max
+    decayed = tl.where(decay != 0, tl.fma(p, decay, p), p)
+    quotient = _quotient(m, d, EXACT)
+    added = tl.fma(neg_step_size, quotient, tl.where(decay != 0, p * decay, 0))
+    p = tl.fma(neg_step_size, quotient, decayed)
+    return p, m, v, v_max, added
+
+
+@triton.jit
+def _measure(added, old, kept, mask):
+    """Sums over a block, float32 [MEASURES]; kept: the param as it is read in the next step.
+
+    Squares are float32: those of numbers below 1e-22 vanish, above 1e19 they are infinite.
+    """
+    added = tl.where(mask, added, 0)
+    moves = added != 0
+    lost = moves & (kept == old)
+    kept = tl.where(mask, kept, 0)
+    counts = tl.sum(moves.to(tl.int32) + (lost.to(tl.int32) << 16), axis=0)  # blocks are smaller
+    column = tl.arange(0, MEASURES)
+    counted = tl.where(column == _LOST, counts >> 16, counts & 0xFFFF).to(tl.float32)
+    squares = tl.where(
+        column == _ADDED_SQUARES, tl.sum(added * added, axis=0), tl.sum(kept * kept, axis=0)
+    )
+    return tl.where(column < _ADDED, squares.to(tl.float32), counted)
 
 
 @triton.jit
@@ -201,12 +230,14 @@ def _block(
     COLUMNS: tl.constexpr,  # a shard of columns
     ALIGNED: tl.constexpr,  # then first is 0
     STORE_GRAD: tl.constexpr,
+    MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
+    """Update part of a block; its measures, which are 0 where they are not wanted."""
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     # made in here: a lane shared by both paths goes through shared memory from layout to layout
     lane = tl.arange(0, BLOCK)
@@ -248,7 +279,8 @@ def _block(
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
         unscaled = (g * tl.load(scalars + UNSCALE)).to(GRAD)
         _store(g_at, unscaled, mask, STORE_CACHE, EVICTION)
-    p, m, v, v_max = _adamw_update(
+    old = p
+    p, m, v, v_max, added = _adamw_update(
         p,
         g * tl.load(scalars + GRAD_FACTOR),
         m,
@@ -275,6 +307,7 @@ def _block(
         random = _random(tensor, scalars, start, lane, COLUMNS, BLOCK)
         for_param = (random & 0xFFFF).to(tl.int32)
         for_second = (random >> 16).to(tl.int32)
+    kept = p  # as it is read in the next step: masters are exact
     if MASTER == tl.int16:
         high, remainder = _encode_remainder(p)
         _store(p_at, high, mask, STORE_CACHE, EVICTION)
@@ -283,9 +316,11 @@ def _block(
         _store(p_at, p.to(PARAM), mask, STORE_CACHE, EVICTION)
         _store(master_at, p, mask, STORE_CACHE, EVICTION)
     elif STOCHASTIC and PARAM == tl.bfloat16:
-        _store(p_at, _round_stochastic(p, for_param), mask, STORE_CACHE, EVICTION)
+        kept = _round_stochastic(p, for_param)
+        _store(p_at, kept, mask, STORE_CACHE, EVICTION)
     else:
-        _store(p_at, p.to(PARAM), mask, STORE_CACHE, EVICTION)
+        kept = p.to(PARAM)
+        _store(p_at, kept, mask, STORE_CACHE, EVICTION)
     if EXP_AVG == tl.uint8:
         code, exponents = _encode_signed(m, BLOCK)
         tl.store(m_exponents_at, exponents, mask=exponents_mask)
@@ -301,15 +336,21 @@ def _block(
             v_max_at, v_max_exponents_at, v_max, for_second, mask, exponents_mask, EXP_AVG_SQ,
             STOCHASTIC, BLOCK, STORE_CACHE, EVICTION,
         )  # fmt: skip
+    measures = tl.zeros([MEASURES], tl.float32)
+    if MEASURE:
+        measures = _measure(added, old, kept.to(COMPUTE), mask)
+    return measures
 
 
 @triton.jit
 def _dispatch(
     tensor, grad, scalars, scalars64, index, start, numel,
-    SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
-    LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr, EVICTION: tl.constexpr,
+    SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
+    EXACT: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
+    measures = tl.zeros([MEASURES], tl.float32)
     addresses = tl.load(tensor + _PARAM) | tl.load(tensor + _EXP_AVG) | grad
     addresses |= tl.load(tensor + _EXP_AVG_SQ) | tl.load(tensor + _MAX_EXP_AVG_SQ)
     addresses |= tl.load(tensor + _MASTER)
@@ -332,19 +373,20 @@ def _dispatch(
             else:
                 row = scalars + index * SCALARS
             if vectors > 0:
-                _block(
+                measures += _block(
                     tensor, grad, row, start, 0, vectors,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
-                    STORE_GRAD, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
                 )  # fmt: skip
             if vectors < size:
-                _block(
+                measures += _block(
                     tensor, grad, row, start, vectors, size,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
-                    STORE_GRAD, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
                 )  # fmt: skip
+    return measures
 
 
 @triton.jit(do_not_specialize=["n_groups", "n_tensors", "blocks_per_chunk"])
@@ -352,6 +394,7 @@ def _adamw(
     words,  # int64 [n_words]: see table.py
     scalars,  # float32 [n_tensors, SCALARS]
     scalars64,  # float64, the same
+    rows,  # float32 [n_programs, MEASURES], written where a program updates; or None
     n_groups,
     n_tensors,
     blocks_per_chunk,
@@ -380,13 +423,16 @@ def _adamw(
     if (start >= numel) | (grad == 0) | (active == 0):
         return
 
+    measures = tl.zeros([MEASURES], tl.float32)
     for _ in range(BLOCKS):
         if start < numel:
-            _dispatch(
+            measures += _dispatch(
                 tensor, grad, scalars, scalars64, index, start, numel, SIGNATURES, STORE_GRAD,
-                BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
+                rows is not None, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
             )  # fmt: skip
         start += BLOCK
+    if rows is not None:
+        tl.store(rows + program.to(tl.int64) * MEASURES + tl.arange(0, MEASURES), measures)
 
 
 def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[object, ...], ...]:
@@ -397,7 +443,9 @@ def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[obj
     )
 
 
-def launch_options(table: t.Table, device: torch.device, store_grad: bool) -> dict[str, int | bool]:
+def launch_options(
+    table: t.Table, device: torch.device, store_grad: bool, measure: bool
+) -> dict[str, int | bool]:
     """Options of the launch.
 
     64 registers let 8 programs share a multiprocessor: for several dtypes ptxas takes up to 72
@@ -408,7 +456,7 @@ def launch_options(table: t.Table, device: torch.device, store_grad: bool) -> di
     mixed = len({dtype for s in table.signatures for dtype in s[:4]}) > 1
     wide = table.float64 or store_grad or any(s.quantised or s.columns for s in table.signatures)
     nvidia = device.type == "cuda" and torch.version.hip is None
-    cap = nvidia and mixed and not wide and table.parameters.maxnreg
+    cap = nvidia and mixed and not (wide or measure) and table.parameters.maxnreg
     return {
         "num_warps": table.parameters.num_warps,
         "enable_fp_fusion": False,
@@ -416,31 +464,35 @@ def launch_options(table: t.Table, device: torch.device, store_grad: bool) -> di
     }
 
 
-def adamw(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
+def adamw(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None = None) -> None:
     """Update every tensor of the table whose gradient is present; `schedule` must have run.
 
     Moves `Signature.bytes_per_element` an element, and one write more of the gradient with
-    `store_grad`, which leaves unscaled gradients behind.
+    `store_grad`, which leaves unscaled gradients behind. rows: float32 [n_programs, MEASURES], in
+    which each program that updates leaves its sums, 16 bytes written for 1,024 elements; or None.
     """
     if table.n_programs:
-        arguments, options = _call(table, memory, store_grad)
+        arguments, options = _call(table, memory, store_grad, rows)
         _adamw[(table.n_programs,)](*arguments, **options)
 
 
-def compile_for(table: t.Table, memory: t.Memory, store_grad: bool) -> None:
+def compile_for(
+    table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None = None
+) -> None:
     """Compile what `adamw` will launch, so that it fails before the schedule has counted a step."""
     if isinstance(_adamw, triton.runtime.JITFunction):  # the interpreter compiles nothing
-        arguments, options = _call(table, memory, store_grad)
+        arguments, options = _call(table, memory, store_grad, rows)
         _adamw.warmup(*arguments, grid=(1,), **options)
 
 
 def _call(
-    table: t.Table, memory: t.Memory, store_grad: bool
+    table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     arguments = (
         memory.words,
         memory.scalars,
         memory.scalars64,
+        rows,
         table.n_groups,
         table.n_tensors,
         table.blocks_per_chunk,
@@ -456,4 +508,5 @@ def _call(
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,
     }
-    return arguments, {**constexprs, **launch_options(table, memory.words.device, store_grad)}
+    chosen = launch_options(table, memory.words.device, store_grad, rows is not None)
+    return arguments, {**constexprs, **chosen}

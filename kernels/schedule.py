@@ -50,6 +50,7 @@ _SUMS = tl.constexpr(t.SUMS)
 _SEED = tl.constexpr(t.SEED)
 _POSITION = tl.constexpr(t.POSITION)
 _STEP = tl.constexpr(t.STEP)
+_NUMEL = tl.constexpr(t.NUMEL)
 _GROUP = tl.constexpr(t.GROUP)
 _STEP_IS_DOUBLE = tl.constexpr(t.STEP_IS_DOUBLE)
 
@@ -129,6 +130,7 @@ def _schedule(
     found_inf,  # float32 [], or None
     sums,  # float64 [n_sums], of squares of all gradients, or None
     metrics,  # float64 [METRICS], where there are sums
+    counted,  # float64 [n_tensors], elements that this step updates, kept if skipped; or None
     n_groups,
     n_tensors,
     n_sums,
@@ -152,6 +154,9 @@ def _schedule(
     active = go & mask & (tl.load(grads + tensor, mask=mask, other=0) != 0)
 
     row = tensors + tensor * TENSOR_WORDS
+    if counted is not None:
+        elements = tl.load(row + _NUMEL, mask=active, other=0).to(tl.float64)
+        tl.store(counted + tensor, elements, mask=mask & go)
     step_at = tl.load(row + _STEP, mask=mask, other=0)
     is_double = tl.load(row + _STEP_IS_DOUBLE, mask=mask, other=0) != 0
     at32 = step_at.to(tl.pointer_type(tl.float32))
@@ -220,10 +225,12 @@ def schedule(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     norm: Norm | None = None,
+    counted: Tensor | None = None,
 ) -> None:
     """Count a step for each tensor with a gradient and write its scalars.
 
-    grad_scale, found_inf: float32, 0-dim, on the table's device, or None.
+    grad_scale, found_inf: float32, 0-dim, on the table's device, or None. counted: float64
+    [n_tensors], where to write how many elements are updated unless the step is skipped; or None.
     """
     _schedule[(triton.cdiv(table.n_tensors, _TENSORS_PER_PROGRAM),)](
         memory.words,
@@ -233,6 +240,7 @@ def schedule(
         found_inf,
         None if norm is None else norm.sums,
         None if norm is None else norm.metrics,
+        counted,
         table.n_groups,
         table.n_tensors,
         0 if norm is None else norm.sums.numel(),

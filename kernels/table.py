@@ -64,6 +64,10 @@ SUMS = (
 NORM, CLIP_FACTOR, SKIPPED = range(3)  # what the schedule writes down: float64 [METRICS]
 METRICS = 3
 
+# what the main kernel's programs sum up if asked to: float32 [n_programs, MEASURES], 16 bytes each
+ADDED_SQUARES, PARAM_SQUARES, ADDED, LOST = range(4)  # ADDED, LOST: numbers of elements
+MEASURES = 4
+
 # 8-bit moments: blocks of elements share an exponent, uint8 as in torch.float8_e8m0fnu. A code is
 # cut out of the bits of |x| / 2^exponent + FLOOR, so codes are linear up to FLOOR and logarithmic
 # above; fused_adamw/formats.py has the measurements that chose them.
@@ -164,6 +168,11 @@ class Table:
     def n_chunks(self) -> int:
         """Length of the work list."""
         return self.n_programs // self.blocks_per_chunk
+
+    @property
+    def chunks(self) -> Words:
+        """The work list: tensor index | first block << 32, in the order of the tensors."""
+        return self.rest[self.n_tensors * TENSOR_WORDS :]
 
     @property
     def n_sums(self) -> int:

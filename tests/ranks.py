@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,98 @@ def nothing_to_update_on_one_rank() -> None:
     optimizer.step()
     if dist.get_rank() == 0:
         assert optimizer.metrics()["grad_norm"].item() == 2**0.5
+
+
+def measure_across_ranks(shape: tuple[int, ...], backend: str) -> None:
+    """FSDP2 or HSDP with group_metrics: on every rank those of the whole, replicas counted once."""
+    params: list[Tensor] = list(fsdp(shape).parameters())
+    for step in _measured_steps(params, backend):
+        for i, p in enumerate(params):
+            torch.manual_seed(10 * step + i)
+            p.grad = distribute_tensor(torch.randn(p.shape), p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        if step == 1:
+            params[0].grad = None
+
+
+def measure_mixed_placements() -> None:
+    """Several meshes and placements in a group, plain tensors; bfloat16, of which much is lost."""
+    world = dist.get_world_size()
+    flat = init_device_mesh("cpu", (world,))
+    grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [
+        (flat, [Replicate()]),
+        (flat, [Shard(0)]),
+        (grid, [Replicate(), Shard(1)]),
+        (grid, [Shard(0), Shard(1)]),
+    ]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16)
+
+    params: list[Tensor] = [
+        nn.Parameter(distribute_tensor(random(5, 6), mesh, layout)) for mesh, layout in layouts
+    ]
+    params.append(nn.Parameter(random(3)))
+    for step in _measured_steps(params, "reference", lr=1e-3):
+        torch.manual_seed(step)
+        for p, layout in zip(params, layouts, strict=False):
+            p.grad = distribute_tensor(random(5, 6), *layout)
+        params[-1].grad = random(3)
+
+
+def _measured_steps(params: list[Tensor], backend: str, **options: object) -> Iterator[int]:
+    """Steps for which the caller sets gradients; their metrics have to be those of whole copies."""
+
+    def make(own: Sequence[Tensor]) -> FusedAdamW:
+        groups = [{"params": own[:2]}, {"params": own[2:], "weight_decay": 0.0}]
+        given: Any = {**OPTIONS, "group_metrics": True, "backend": backend, **options}
+        return FusedAdamW(groups, **given)
+
+    copies = [nn.Parameter(whole(p.detach()).clone()) for p in params]
+    optimizer, oracle = make(params), make(copies)
+    for step in range(3):
+        yield step
+        for p, q in zip(params, copies, strict=True):
+            q.grad = None if p.grad is None else whole(p.grad).clone()
+        optimizer.step()
+        oracle.step()
+        ours, expected = optimizer.metrics(), oracle.metrics()
+        for name in ("update_rms", "param_rms", "lost_updates"):
+            # sums of float32 squares over other blocks
+            torch.testing.assert_close(ours[name], expected[name], rtol=1e-6, atol=0)
+        assert (ours["update_rms"] > 0).all()
+        if params[0].dtype == torch.bfloat16:
+            assert ((ours["lost_updates"] > 0) & (ours["lost_updates"] < 1)).all()
+
+
+def measure_parts() -> None:
+    """Plain parts are added over grad_norm_group; a rank that updates nothing takes part, too."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    q = nn.Parameter(torch.full((3,), 1.0 + rank))
+    optimizer = FusedAdamW(
+        [{"params": [p]}, {"params": [q]}],
+        grad_norm_group=dist.group.WORLD,
+        group_metrics=True,
+        lr=1e-3,
+        weight_decay=0.0,
+        eps=0.0,
+    )
+    assert optimizer.metrics()["param_rms"].tolist() == [0, 0]
+    if rank == 0:
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)
+    optimizer.step()
+    metrics = optimizer.metrics()
+    expected = torch.tensor([1e-3, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(metrics["update_rms"], expected, rtol=1e-6, atol=0)
+    q.grad = torch.ones(3)
+    optimizer.step()
+    metrics = optimizer.metrics()
+    expected = torch.tensor([1e-3, 1e-3], dtype=torch.float64)
+    torch.testing.assert_close(metrics["update_rms"], expected, rtol=1e-6, atol=0)
+    rms = torch.tensor((0.999**2 + 1.999**2) / 2, dtype=torch.float64).sqrt()
+    torch.testing.assert_close(metrics["param_rms"][1], rms, rtol=1e-6, atol=0)
 
 
 class Net(nn.Module):

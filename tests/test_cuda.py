@@ -62,12 +62,15 @@ def assert_equal_bits(a: list[torch.nn.Parameter], b: list[torch.nn.Parameter]) 
 
 @pytest.mark.usefixtures("no_sync")
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float-lr", "tensor-lr"])
-def test_never_waits_for_the_device(tensor_lr: bool) -> None:
+@pytest.mark.parametrize("measured", [False, True], ids=["plain", "group-metrics"])
+def test_never_waits_for_the_device(tensor_lr: bool, measured: bool) -> None:
     lr = torch.tensor(1e-3, device="cuda") if tensor_lr else 1e-3
     params = make()
     half = len(params) // 2
     adamw = FusedAdamW(
-        [{"params": params[:half]}, {"params": params[half:], "amsgrad": True}], lr=lr
+        [{"params": params[:half]}, {"params": params[half:], "amsgrad": True}],
+        lr=lr,
+        group_metrics=measured,
     )
     scheduler = torch.optim.lr_scheduler.ExponentialLR(adamw, 0.9)
     adamw.step()
@@ -77,6 +80,7 @@ def test_never_waits_for_the_device(tensor_lr: bool) -> None:
         new_grads(params)
         params[i].grad = None
         adamw.step()
+        adamw.metrics()
         scheduler.step()
 
 
@@ -127,9 +131,10 @@ def test_skip_without_the_host_knowing() -> None:
     assert all(float(adamw.state[p]["step"]) == 1 for p in params)
 
 
-def test_allocates_nothing_after_the_first_step() -> None:
+@pytest.mark.parametrize("measured", [False, True], ids=["plain", "group-metrics"])
+def test_allocates_nothing_after_the_first_step(measured: bool) -> None:
     params = make()
-    adamw = FusedAdamW(params)
+    adamw = FusedAdamW(params, group_metrics=measured)
     adamw.step()
     torch.cuda.synchronize()
     count = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -139,11 +144,12 @@ def test_allocates_nothing_after_the_first_step() -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == count
 
 
+@pytest.mark.parametrize("measured", [False, True], ids=["plain", "group-metrics"])
 @pytest.mark.parametrize("groups", [1, 40])
-def test_at_most_three_launches_and_one_copy(groups: int) -> None:
+def test_at_most_three_launches_and_one_copy(groups: int, measured: bool) -> None:
     params = make()
     chunks = [params[i::groups] for i in range(groups)]
-    adamw = FusedAdamW([{"params": chunk} for chunk in chunks if chunk])
+    adamw = FusedAdamW([{"params": chunk} for chunk in chunks if chunk], group_metrics=measured)
     adamw.step()
     new_grads(params)
     adamw.param_groups[0]["lr"] = 0.5
@@ -210,6 +216,33 @@ def test_a_thousand_replays_of_a_graph_equal_eager_steps() -> None:
             assert all(p.grad is g for p, g in zip(params, new_grads_kept, strict=True))
     assert_equal_bits(params, twin)
     assert {float(captured.state[p]["step"]) for p in params} == {1002.0}
+
+
+def test_metrics_of_a_replay_equal_those_of_an_eager_step() -> None:
+    params = make()
+    twin = clones(params)
+    captured, eager = (
+        FusedAdamW([{"params": x[::2]}, {"params": x[1::2]}], group_metrics=True)
+        for x in (params, twin)
+    )
+    captured.step()
+    eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for i in range(5):
+        for p, q in zip(params, twin, strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            q.grad.copy_(p.grad.normal_())
+        graph.replay()
+        eager.step()
+        if i == 2:  # an eager step of the captured optimizer writes to the same memory
+            captured.step()
+            eager.step()
+        ours, expected = captured.metrics(), eager.metrics()
+        assert (ours["update_rms"] > 0).all()
+        assert all(torch.equal(ours[name], x) for name, x in expected.items())
 
 
 def test_capture_as_torchs_recipe_has_it() -> None:

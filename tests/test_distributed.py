@@ -96,3 +96,22 @@ def test_plain_parts_are_clipped_by_a_group() -> None:
 
 def test_norm_with_nothing_to_update_on_one_rank() -> None:
     on_ranks(2, ranks.nothing_to_update_on_one_rank)
+
+
+@pytest.mark.parametrize(
+    ("world", "shape", "backend"),
+    [(2, (), "reference"), (2, (), "triton"), (4, (2, 2), "reference")],
+    ids=str,
+)
+def test_metrics_under_fsdp2(world: int, shape: tuple[int, ...], backend: str) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    on_ranks(world, ranks.measure_across_ranks, shape, backend)
+
+
+def test_metrics_over_several_meshes() -> None:
+    on_ranks(4, ranks.measure_mixed_placements)
+
+
+def test_metrics_of_parts() -> None:
+    on_ranks(2, ranks.measure_parts)
