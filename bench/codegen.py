@@ -78,8 +78,9 @@ def alone(name: str) -> Case:
     return Case((signature(name),))
 
 
-_ALL = {name: signature(f"{name}/{name}/{name}") for name in DTYPES}
+_ALL = {name: signature(f"{name}/{name}/{name}") for name in DTYPES if name != "int8"}
 _MIXED = signature("bf16/bf16/fp32")
+_BF16, _INT8 = _ALL["bf16"], signature("bf16/bf16/int8")
 SETS = {
     "fp32": Case((_ALL["fp32"],)),
     "bf16": Case((_ALL["bf16"],)),
@@ -90,6 +91,11 @@ SETS = {
     "mixed+fp32-scaled": Case((_MIXED, _ALL["fp32"]), scaled=True),
     "fp32-amsgrad": Case((signature("fp32/fp32/fp32", amsgrad=True),)),
     "fp64": Case((_ALL["fp64"],)),
+    "bf16-stochastic": Case((_BF16._replace(stochastic=True),)),
+    "bf16-remainder-fp32": Case((_MIXED._replace(master=torch.int16),)),
+    "bf16-remainder-int8": Case((_INT8._replace(master=torch.int16),)),
+    "bf16-int8": Case((_INT8,)),
+    "bf16-remainder-int8+fp32": Case((_INT8._replace(master=torch.int16), _ALL["fp32"])),
     "fp64-scaled": Case((_ALL["fp64"],), scaled=True),
     "fp32-exact": Case((_ALL["fp32"],), variant={"exact": True, "maxnreg": 0}),
     "mixed+fp32-exact": Case((_MIXED, _ALL["fp32"]), variant={"exact": True, "maxnreg": 0}),

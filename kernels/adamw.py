@@ -65,7 +65,7 @@ _TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
     torch.int16: tl.int16,
-    None: None,
+    None: tl.int1,  # no master: Triton 3.6 takes no None within a tuple
 }
 
 
@@ -225,7 +225,7 @@ def _block(
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
     AMSGRAD: tl.constexpr,
-    MASTER: tl.constexpr,  # None, int16 or float32
+    MASTER: tl.constexpr,  # int16, float32, or int1 for none
     STOCHASTIC: tl.constexpr,
     COLUMNS: tl.constexpr,  # a shard of columns
     ALIGNED: tl.constexpr,  # then first is 0
@@ -261,7 +261,7 @@ def _block(
         v_at, v_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, BLOCK, LOAD_CACHE, EVICTION
     )
     p = _load(p_at, mask, LOAD_CACHE, EVICTION)
-    if MASTER is None:
+    if MASTER == tl.int1:
         p = p.to(COMPUTE)
     else:
         master_at = _at(tl.load(tensor + _MASTER), start, lane, MASTER, ALIGNED)
@@ -450,11 +450,12 @@ def launch_options(
 
     64 registers let 8 programs share a multiprocessor: for several dtypes ptxas takes up to 72
     unless it is told to take 64, which it then does without a spill (Triton 3.6; 3.9 spills 8 bytes
-    a thread on sm_80). Told the same, kernels that store gradients do spill; they take up to 80,
-    and float64 120.
+    a thread on sm_80). Told the same, kernels that store gradients do spill, and so do those with
+    masters or 8-bit moments; they take up to 80 and 96, and float64 120.
     """
     mixed = len({dtype for s in table.signatures for dtype in s[:4]}) > 1
-    wide = table.float64 or store_grad or any(s.quantised or s.columns for s in table.signatures)
+    wide = table.float64 or store_grad
+    wide |= any(s.quantised or s.columns or s.master is not None for s in table.signatures)
     nvidia = device.type == "cuda" and torch.version.hip is None
     cap = nvidia and mixed and not (wide or measure) and table.parameters.maxnreg
     return {

@@ -32,6 +32,13 @@ MEASURED = tuple(
     for name in ("fp32", "bf16", "mixed+fp32", "fp32-amsgrad", "mixed+fp32-scaled")
 )
 SETS += (*MEASURED, "fp64-measured", "mixed+fp32-looped-measured")
+# storage formats, and their streams in 16 or 32 bits and in 8 bits, read and written
+STORED = {
+    "bf16-stochastic": (4, 0, 3, 0),
+    "bf16-remainder-fp32": (7, 0, 6, 0),
+    "bf16-remainder-int8": (3, 2, 2, 2),
+    "bf16-remainder-int8+fp32": (11, 2, 8, 2),
+}
 NORMS = ("norm-fp32", "norm-bf16", "norm-mixed+fp32")
 SCHEDULES = ("schedule-clipped", "schedule", "schedule-scaled", "schedule-fp64-scaled")
 SCHEDULES += ("schedule-measured",)
@@ -62,8 +69,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], A
     folder = tmp_path_factory.mktemp("codegen")
     env = compiling(folder / "cache")
     jobs = [  # of about the same length, for two cores
-        (("sm_80", "sm_100"), SETS + SCHEDULES + NORMS),
-        (("sm_90", "gfx942"), SETS + SCHEDULES + NORMS),
+        (("sm_80", "sm_100"), SETS + SCHEDULES + NORMS + tuple(STORED)),
+        (("sm_90", "gfx942"), SETS + SCHEDULES + NORMS + tuple(STORED)),
         (("sm_90",), TRIPLES[: len(TRIPLES) // 2]),
         (("sm_90",), TRIPLES[len(TRIPLES) // 2 :]),
     ]
@@ -117,6 +124,19 @@ def test_aligned_path_moves_128_bits_and_the_other_one_element(
     reports: dict[tuple[str, str], Any], name: str, target: str
 ) -> None:
     check_accesses(reports[name, target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", STORED)
+def test_storage_formats_move_vectors_and_spill_nothing(
+    reports: dict[tuple[str, str], Any], name: str, target: str
+) -> None:
+    report, (loads, narrow_loads, stores, narrow_stores) = reports[name, target], STORED[name]
+    assert report["loads"].get(VECTOR) == loads
+    assert report["stores"].get(VECTOR) == stores
+    assert report["loads"].get(64, 0) == narrow_loads, "8 elements a thread in 8 bits"
+    assert report["stores"].get(64, 0) == narrow_stores
+    assert (report["spills"], report["stack"]) == (0, 0)
 
 
 @pytest.mark.parametrize("target", TARGETS)
