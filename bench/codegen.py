@@ -248,7 +248,7 @@ def compile_case(name: str, target: str, case: Case | None = None) -> Report:
     threads = launch.compiled.metadata.num_warps * TARGETS[target].warp_size
     per_thread = max(1, block // threads)
     read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
-    code = read(launch.compiled.asm)
+    code = read(launch.compiled.asm, any(s.quantised for s in case.signatures))
     cost = None
     if case.kernel == "adamw" and len(case.signatures) == 1 and code.last_vector_store:
         cost = code.last_vector_store / per_thread
@@ -286,7 +286,7 @@ class _Code(NamedTuple):
     stores: dict[int, int]
 
 
-def _read_nvidia(asm: dict[str, Any]) -> _Code:
+def _read_nvidia(asm: dict[str, Any], narrow: bool) -> _Code:
     usage, sass = _cuobjdump(asm["cubin"], "-res-usage"), _cuobjdump(asm["cubin"], "-sass")
     used = {key: int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     # /*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;
@@ -301,7 +301,10 @@ def _read_nvidia(asm: dict[str, Any]) -> _Code:
         stack=used["STACK"],
         shared=used["SHARED"],
         instructions=len(code),
-        last_vector_store=_last(code, lambda op: op.startswith("STG") and op.endswith(".128")),
+        last_vector_store=_last(
+            code,
+            lambda op: op.startswith("STG") and op.endswith((".128", ".64") if narrow else ".128"),
+        ),
         loads=_count(bits for kind, bits in widths if kind == "ld"),
         stores=_count(bits for kind, bits in widths if kind == "st"),
     )
@@ -328,7 +331,7 @@ _AMD_BITS = {
 _AMD_BITS |= {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
-def _read_amd(asm: dict[str, Any]) -> _Code:
+def _read_amd(asm: dict[str, Any], narrow: bool) -> _Code:
     text = asm["amdgcn"]
     used = {key: int(number) for key, number in re.findall(r"^\s+\.(\w+): +(\d+)$", text, re.M)}
     code = re.findall(r"^\t([a-z]+_\w+)", text.split("s_endpgm")[0], re.MULTILINE)
@@ -342,7 +345,10 @@ def _read_amd(asm: dict[str, Any]) -> _Code:
         stack=used["private_segment_fixed_size"],
         shared=used["group_segment_fixed_size"],
         instructions=len(code),
-        last_vector_store=_last(code, lambda op: op == "buffer_store_dwordx4"),
+        last_vector_store=_last(
+            code,
+            lambda op: op == "buffer_store_dwordx4" or (narrow and op == "buffer_store_dwordx2"),
+        ),
         loads=_count(bits for kind, bits in widths if kind == "load"),
         stores=_count(bits for kind, bits in widths if kind == "store"),
     )
