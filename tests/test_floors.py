@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fused_adamw import FusedAdamW
+from fused_adamw.kernels.table import Signature
 
 
 @pytest.mark.parametrize(
@@ -109,10 +110,18 @@ def test_bytes_are_those_of_the_kernels(index: int) -> None:
     assert 1000 * (form.moved + form.grad) == clips
 
 
-def test_planned_bytes_are_the_designs() -> None:
+def test_bytes_of_storage_formats_are_those_of_the_kernels() -> None:
     """DESIGN, section 8: 26, 14.1 and 10.1, the latter two with their scales."""
-    planned = [round(form.moved, 1) for form in floors.FORMATS if form.planned]
-    assert planned == [26, 14.1, 10.1]
+    bf16, fp32, int8 = torch.bfloat16, torch.float32, torch.uint8
+    signatures = [
+        Signature(bf16, bf16, fp32, fp32, False, torch.int16),
+        Signature(bf16, bf16, int8, int8, False, torch.int16),
+        Signature(bf16, bf16, int8, int8, False),
+    ]
+    moved = [form.moved for form in floors.FORMATS[3:]]
+    assert moved == [signature.bytes_per_element for signature in signatures]
+    assert [round(x, 1) for x in moved] == [26, 14.1, 10.1]
+    assert not any(form.planned for form in floors.FORMATS)
 
 
 def test_readme_holds_the_tables() -> None:
