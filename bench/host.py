@@ -37,6 +37,9 @@ class StubbedLauncher:
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Do nothing."""
 
+    def upload(self, *args: object) -> None:
+        """Do nothing."""
+
     def launch(self, *args: object) -> None:
         """Do nothing."""
 
