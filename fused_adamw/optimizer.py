@@ -75,7 +75,7 @@ class FusedAdamW(Optimizer):
         master_weights: keep what rounding to bfloat16 takes off a param, in 16 bits of its state,
             so that bfloat16 params follow the course of float32 ones to the bit; float16 params
             get a float32 copy. Params changed from outside are followed. A group option, as the
-            next three are; they stay as constructed when a checkpoint is loaded.
+            next three are; all but the seed stay as constructed when a checkpoint is loaded.
         stochastic_rounding: round bfloat16 params, unless they have masters, and bfloat16 second
             moments up or down at random, so that small updates are not lost on average.
         state_dtype: how moments are stored: None in the param's dtype, as torch does;

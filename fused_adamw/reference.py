@@ -16,7 +16,7 @@ from . import formats
 from .kernels import table as t
 from .layouts import memory_line
 from .shards import Place
-from .storage import MASTER, REMAINDER, Storage
+from .storage import MASTER, REMAINDER, Storage, decoded
 
 # Elements: 1 MiB of each float32 stream. On 2 cores of an AMD EPYC with 32 MiB of L3, one thread:
 # 32k 2.5x, 64k 2.9x, 128k 3.3x, 256k 3.5x the speed of torch's default (one tensor of 20M).
@@ -187,10 +187,8 @@ def adamw_stored(
             else x[start : start + size]
             for key, x in lines.items()
         }
-        p, g = _decoded_param(piece), piece["grad"].float()
+        p, g = _decoded_param(piece), piece["grad"].to(torch.float32, copy=True)
         m, v, *maximum = (_decoded(name, piece) for name in storage.moments)
-        if g is piece["grad"]:
-            g = g.clone()
         if store_grad:
             piece["grad"].copy_(g * scalars.unscale)
         old, d = None if measures is None else p.clone(), torch.empty_like(p)
@@ -229,10 +227,9 @@ def _encode_param(piece: Mapping[str, Tensor], p: Tensor, random: Tensor | None)
 
 
 def _decoded(name: str, piece: Mapping[str, Tensor]) -> Tensor:
-    if name in piece:
-        return piece[name].to(torch.float32, copy=True)
-    decode = formats.decode_signed if name == "exp_avg" else formats.decode_unsigned
-    return decode(piece[f"{name}_q"], piece[f"{name}_scale"])
+    x = decoded(name, piece)
+    assert x is not None, "the state was checked"
+    return x.to(torch.float32, copy=name in piece)
 
 
 def _encode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,14 +21,12 @@ from fused_adamw import FusedAdamW, storage
 
 def whole(x: Tensor) -> Tensor:
     """All of a DTensor, on every rank; neither gloo nor NCCL knows int16."""
-    if not isinstance(x, DTensor):
-        return x
-    if x.dtype != torch.int16:
-        return x.full_tensor()
+    if not isinstance(x, DTensor) or x.dtype != torch.int16:
+        return ranks.whole(x)
     wide = DTensor.from_local(
         x.to_local().int(), x.device_mesh, x.placements, shape=x.shape, stride=x.stride()
     )
-    return wide.full_tensor().short()
+    return ranks.whole(wide).short()
 
 
 def sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backend: str) -> None:
