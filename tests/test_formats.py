@@ -355,3 +355,18 @@ def test_nothing_but_numbers_comes_of_a_block_with_nan() -> None:
     ):
         assert (exponent == 253).all()
         assert decode(code, exponent).isfinite().all()
+
+
+@each("largest", [1.86, 1.9, 1.9375, 1.97, 1.9999])
+def test_the_largest_of_a_block_is_not_cut_off(largest: float) -> None:
+    """Rounded up it would leave the codes, if the exponent did not make room."""
+    n = 2**14
+    x = torch.full((n, 64), largest * 0.4)
+    x[:, 7] = largest
+    code, exponent = formats.encode_signed(x.flatten())
+    got = formats.decode_signed(code, exponent).view(n, 64)[0, 7].item()
+    assert abs(got - largest) <= 2.0**-5, "half a code, of the widest"
+    bits = formats.random_bits(torch.arange(64 * n), 3, 4)
+    code, exponent = formats.encode_unsigned(x.flatten(), (bits >> 16).int())
+    mean = formats.decode_unsigned(code, exponent).view(n, 64)[:, 7].double().mean().item()
+    assert abs(mean - largest) <= 5 * 2.0**-4 / 2 / math.sqrt(n)
