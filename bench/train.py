@@ -205,10 +205,11 @@ class Training:
         device: torch.device,
         autocast: AbstractContextManager[Any] | None = None,
         max_norm: float | None = CLIP,
+        betas: tuple[float, float] = BETAS,
     ) -> None:
         self.model, self.device, self.max_norm = model, device, max_norm
         self.autocast = nullcontext() if autocast is None else autocast
-        self.optimizer = make(param_groups(model), lr=size.lr, betas=BETAS)
+        self.optimizer = make(param_groups(model), lr=size.lr, betas=betas)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_scale(step, steps))
         self.losses: list[Tensor] = []  # on the device until the end: to read one is to wait for it
         self.moments: list[tuple[Moment, Moment, Moment, Moment]] = []
