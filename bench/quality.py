@@ -21,7 +21,7 @@ import math
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -288,6 +288,20 @@ def load(path: Path, settings: Settings) -> list[Run]:
     return [Run(**run) for run in kept["runs"]]
 
 
+def save(path: Path, settings: Settings, facts: dict[str, str], runs: Sequence[Run]) -> None:
+    """Keep the runs for `load`."""
+    kept = {"machine": facts, "settings": asdict(settings), "runs": [asdict(x) for x in runs]}
+    path.write_text(json.dumps(kept, indent=1))
+
+
+def in_processes(jobs: int, calls: Sequence[Callable[[], Run]]) -> Iterator[Run]:
+    """Results as they come, of so many calls at a time."""
+    fresh = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=fresh) as pool:
+        for future in as_completed([pool.submit(call) for call in calls]):
+            yield future.result()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, then write table and plot of all there is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -319,15 +333,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {(run.format, run.seed) for run in runs}
     wanted = [(f, s) for s in range(args.seeds) for f in args.formats if (f, s) not in done]
     threads = max(1, torch.get_num_threads() // args.jobs)
-    fresh = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(args.jobs, mp_context=fresh) as pool:
-        pending = [pool.submit(train, f, s, settings, threads) for f, s in wanted]
-        for future in track(
-            as_completed(pending), "trainings", len(pending), console=console, disable=not pending
-        ):
-            runs.append(future.result())
-            kept = {"machine": facts, "settings": asdict(settings), "runs": list(map(asdict, runs))}
-            path.write_text(json.dumps(kept, indent=1))
+    calls = [partial(train, f, s, settings, threads) for f, s in wanted]
+    finished = in_processes(args.jobs, calls)
+    for run in track(finished, "trainings", len(calls), console=console, disable=not calls):
+        runs.append(run)
+        save(path, settings, facts, runs)
 
     rows = compare(runs)
     lost = [f"{run.format} (seed {run.seed})" for run in runs if not math.isfinite(run.validation)]
