@@ -7,8 +7,8 @@ from its shapes. `make` allocates the parameters, `gradients` the memory of thei
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_adamw.kernels.table import Signature
+from fused_adamw.storage import storage_of
 
 Shape = tuple[int, ...]
 Ki, Mi, Gi = 2**10, 2**20, 2**30
@@ -72,30 +73,39 @@ class Case:
         return "+".join(sorted({names[leaf.dtype] for leaf in self.leaves}))
 
 
-def count_bytes(
-    case: Case,
+def signature(
+    leaf: Leaf,
     *,
     grad: torch.dtype | None = None,
     moments: torch.dtype | None = None,
-    clips: bool = False,
-) -> int:
+    options: Mapping[str, Any] | None = None,
+) -> Signature:
+    """How a parameter is stored: by FusedAdamW with these options, or with moments of that dtype.
+
+    Gradients and moments have the parameter's dtype unless given otherwise.
+    """
+    group = {"amsgrad": False, **(options or {})}
+    storage = storage_of(group, torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"))
+    return Signature(
+        leaf.dtype,
+        grad or leaf.dtype,
+        moments or storage.exp_avg or leaf.dtype,
+        moments or storage.exp_avg_sq or leaf.dtype,
+        amsgrad=False,
+        master=storage.master,
+    )
+
+
+def count_bytes(case: Case, *, clips: bool = False, **stored: Any) -> int:
     """Bytes that a step must read and write: each stored value once, gradients twice if it clips.
 
-    Gradients and moments have the parameter's dtype unless given otherwise. 8-bit moments count
-    with our scales, 1/64 byte each.
+    stored: as for `signature`. 8-bit moments count with our scales, 1/64 byte each.
     """
-    elements: defaultdict[torch.dtype, int] = defaultdict(int)
-    for leaf in case.leaves:
-        elements[leaf.dtype] += leaf.numel
-    each = (
-        numel
-        * (
-            Signature(p, grad or p, moments or p, moments or p, False).bytes_per_element
-            + clips * (grad or p).itemsize
-        )
-        for p, numel in elements.items()
-    )
-    return round(sum(each))
+    moved = 0.0
+    for leaf, times in Counter(case.leaves).items():
+        each = signature(leaf, **stored)
+        moved += times * leaf.numel * (each.bytes_per_element + clips * each.grad.itemsize)
+    return round(moved)
 
 
 def make(case: Case, device: torch.device) -> list[dict[str, Any]]:

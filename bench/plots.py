@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from providers import CLIP, EXTERNALS, FUSED, OPT_IN, OURS
+from providers import CLIP, EXTERNALS, FORMATS, FUSED, OPT_IN, OURS
 from timing import AGAIN, Line
 
 COLORS = dict(
     zip(
-        [FUSED, "torch-foreach", "torch-loop", OURS, OPT_IN, *EXTERNALS, OURS + CLIP, FUSED + CLIP],
-        [*(f"C{i}" for i in range(10)), "gold", "black", "darkred", "midnightblue"],
+        [
+            *(FUSED, "torch-foreach", "torch-loop", OURS, OPT_IN, *EXTERNALS),
+            *(OURS + CLIP, FUSED + CLIP, *(OURS + name for name in FORMATS)),
+        ],
+        [
+            *(f"C{i}" for i in range(10)),
+            *("gold", "black", "darkred", "midnightblue"),
+            *("salmon", "tomato", "firebrick", "orangered"),
+        ],
         strict=True,
     )
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,19 @@ MAX_GRAD_NORM = 1.0  # far below the norm of the cases' gradients: what is read 
 # Norms are one more read of the gradients, so a few cases tell: a small model, 1B parameters in
 # both formats, many tensors.
 CLIP_CASES = ("gpt2", "llama-1b", "llama-1b-bf16", "moe-10000", "tiny", "tiny-mixed")
+# Storage formats, by what is put behind our name: FusedAdamW's options, and cases that tell.
+FORMATS: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
+    "+sr": ({"stochastic_rounding": True}, ("llama-1b-bf16", "tiny-mixed")),
+    "+master": (
+        {"master_weights": True, "state_dtype": torch.float32},
+        ("llama-1b-bf16", "tiny-mixed"),
+    ),
+    "+master+int8": (
+        {"master_weights": True, "state_dtype": "int8"},
+        ("llama-1b-bf16", "tiny-mixed"),
+    ),
+    "+int8": ({"state_dtype": "int8"}, ("llama-1b", "llama-1b-bf16", "tiny-mixed")),
+}
 LARGEST_ON_CPU = 150_000_000  # elements of the cases that a CPU runs unless they are named
 
 
@@ -24,6 +37,7 @@ class Provider(NamedTuple):
 
     build: Callable[..., torch.optim.Optimizer]
     moments: torch.dtype | None = None  # what each is stored in; None: as the parameter
+    options: Mapping[str, Any] | None = None  # FusedAdamW's storage options
     scratch: int = 0  # copies of all parameters that a step may need
     compiled: bool = False
     small: bool = False  # for cases of at most 500 tensors and 150M elements only
@@ -63,6 +77,12 @@ PROVIDERS = {
     FUSED + CLIP: Provider(
         functools.partial(ADAMW, fused=True), cases=CLIP_CASES, clips=True, step=clip_and_step
     ),
+    **{
+        OURS + name: Provider(
+            functools.partial(FusedAdamW, **options), options=options, cases=cases
+        )
+        for name, (options, cases) in FORMATS.items()
+    },
 }
 OPT_IN = "torch-compiled"  # compiles for minutes
 EXTERNALS = {

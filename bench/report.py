@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks import rewrite, table
-from providers import CLIP, FUSED, OURS
+from providers import CLIP, FORMATS, FUSED, OURS
 from summary import number
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,15 @@ CEILING = "4R3W fp32"
 NO_GPU = (
     "**No GPU has run this yet.** There is no GPU figure here, in particular none against torch's\n"
     "fused kernel, because none was measured."
+)
+FORMAT_COLUMNS = (
+    "storage format",
+    "bytes a parameter, kept by the optimizer",
+    "µs",
+    "TB/s",
+    "% of ceiling",
+    "x torch fused, same weights",
+    "x torch fused, fp32",
 )
 COLUMNS = (
     "case",
@@ -94,6 +103,9 @@ def render(numbers: dict[str, Any]) -> str:
     rows = [_row(label, ours, theirs, what, ceiling) for label, ours, theirs in pairs]
     rows += _means(numbers["geometric_means"], what)
     parts = [_caption(facts, numbers["command"]), table(COLUMNS, rows)]
+    formats = list(_format_rows(lines, what, ceiling))
+    if formats:
+        parts.append(table(FORMAT_COLUMNS, formats))
     if not numbers["on_gpu"]:
         parts.insert(0, "**Times of a CPU, which say nothing of a GPU.**")
     parts.append(" ".join(_notes(numbers, [line for pair in pairs for line in pair[1:]])))
@@ -128,6 +140,30 @@ def _row(
         f"{number(ours['launches'], 0)} / {number(theirs['launches'], 0)}",
         f"{median(ours, 'host')} / {median(theirs, 'host')}",
     ]
+
+
+def _format_rows(
+    lines: dict[tuple[str, str], dict[str, Any]], what: str, ceiling: float
+) -> Iterator[list[str]]:
+    """Our storage formats, beside torch's fused AdamW on the same model in float32, too."""
+    for (case, provider), line in lines.items():
+        name = provider.removeprefix(OURS)
+        if name not in FORMATS or line["problem"]:
+            continue
+        middle = statistics.median(line[what])
+        in_fp32 = lines.get((case.removesuffix("-bf16"), FUSED)) if "-bf16" in case else None
+        ratio = None
+        if in_fp32 and not in_fp32["problem"]:
+            ratio = statistics.median(in_fp32[what]) / middle
+        yield [
+            f"{case}, {name.removeprefix('+').replace('+', ' + ')}",
+            number((line["state_bytes"] or 0) / line["numel"]),
+            number(middle),
+            number(line["tbs"]),
+            number(100 * line["tbs"] / ceiling),
+            number(line["times_rival"][what]),
+            number(ratio),
+        ]
 
 
 def _means(means: dict[str, dict[str, float]], what: str) -> Iterator[list[str]]:

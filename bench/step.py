@@ -21,6 +21,8 @@ noise. Before each timed step fresh random gradients are written and the cache i
     x       times as fast as torch's fused AdamW
     +clip   with the norm of all gradients clipped: ours within the step, torch's fused AdamW behind
             `clip_grad_norm_`, and these two compared with each other; in some cases, or named
+    +sr, +master, +int8   our storage formats (`FORMATS` in providers.py), in some cases, or named;
+            their % is that of their own fewer bytes, the fraction of their floor
 
 What runs: providers.py on cases.py; how it is timed: timing.py and machine.py; what is told of it:
 summary.py and plots.py.

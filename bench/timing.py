@@ -150,7 +150,7 @@ def enter(
             name,
             case.tensors,
             case.numel,
-            count_bytes(case, moments=p.moments, clips=p.clips),
+            count_bytes(case, moments=p.moments, clips=p.clips, options=p.options),
         )
         for name, p in providers.items()
     )
@@ -174,8 +174,9 @@ def enter(
         if provider.small and (case.tensors > 500 or case.numel > LARGEST_ON_CPU):
             line.problem = "small cases only"
             continue
-        of_moments = 2 * sum(x.numel * (provider.moments or x.dtype).itemsize for x in case.leaves)
-        line.problem = lacking(of_moments + provider.scratch * of_params)
+        moved = count_bytes(case, moments=provider.moments, options=provider.options)
+        of_state = (moved - of_params) // 2 - of_params  # all but the gradients is also written
+        line.problem = lacking(of_state + provider.scratch * of_params)
         if line.problem:
             continue
         try:

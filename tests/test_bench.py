@@ -82,6 +82,25 @@ def test_count_bytes_of_mixed_formats() -> None:
     assert half == 28 * norms + 16 * (case.numel - norms)
 
 
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("name", providers.FORMATS)
+def test_bytes_of_formats_are_those_that_are_kept(name: str) -> None:
+    """What a step is said to move, against what the optimizer's tensors hold."""
+    case, device = cases.TINY_CASES["tiny-mixed"], machine.Device()
+    provider = providers.PROVIDERS["fused_adamw" + name]
+    groups = cases.make(case, device.device)
+    params = [p for group in groups for p in group["params"]]
+    grads = timing.Gradients(case, params, device.device)
+    line = timing.Line(case.name, name, 0, case.numel, 0)
+    timing.Entrant(provider, groups, grads, device, line)
+    of_params = sum(p.nbytes for p in params)
+    assert line.state_bytes is not None
+    steps = 4 * len(params)
+    moved = 2 * (of_params + line.state_bytes - steps) + of_params
+    # exponents are counted by the element, not by the block
+    assert cases.count_bytes(case, options=provider.options) == pytest.approx(moved, rel=1e-3)
+
+
 @pytest.mark.parametrize("unaligned", [False, True], ids=["aligned", "unaligned"])
 def test_made_as_described(unaligned: bool) -> None:
     case = dataclasses.replace(cases.TINY_CASES["tiny-mixed"], unaligned=unaligned)
@@ -204,8 +223,10 @@ def test_clipping_rows_run_in_some_cases_and_where_named() -> None:
     assert clipped <= every.keys()
     for case in "llama-1b", "moe-10000":  # those with a bar
         assert clipped <= providers.entering(every, case, None).keys()
-    assert not clipped & providers.entering(every, "1Gi", None).keys()
-    assert providers.entering(every, "1Gi", None).keys() | clipped == every.keys()
+    formats = {"fused_adamw" + name for name in providers.FORMATS}
+    assert formats <= providers.entering(every, "llama-1b-bf16", None).keys()
+    everywhere = providers.entering(every, "1Gi", None).keys()
+    assert everywhere == every.keys() - clipped - formats
     named = providers.entering(every, "1Gi", ["torch-fused", "torch-fused+clip"])
     assert clipped & named.keys() == {"torch-fused+clip"}
 

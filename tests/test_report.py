@@ -94,6 +94,22 @@ def test_a_table_of_a_gpu(on_gpu: Numbers, tmp_path: Path) -> None:
     assert "CPU" not in text
 
 
+def test_formats_have_a_table_of_their_own(on_gpu: Numbers, tmp_path: Path) -> None:
+    """Beside torch's fused AdamW on the same weights, and on the same model in float32."""
+    assert "storage format" not in report.block([write(tmp_path, on_gpu)])
+    template = next(x for x in on_gpu["lines"] if x["provider"] == "fused_adamw")
+    made = {"numel": 1000, "state_bytes": 4030, "gpu": [5e2, 5e2, 5e2], "tbs": 3.0}
+    made["times_rival"] = {"gpu": 1.5, "wall": 1.5}
+    row = {**template, **made, "case": "tiny-bf16", "provider": "fused_adamw+master+int8"}
+    on_gpu["lines"].append(row)
+    text = report.block([write(tmp_path, on_gpu)])
+    # torch's fused AdamW on "tiny": 4,000 us
+    wanted = ["4.03", "500", "3.00", "75.0", "1.50", "8.00"]
+    assert cells(text, "tiny-bf16, master + int8")[1:] == wanted
+    on_gpu["lines"].append({**row, "case": "tiny", "provider": "fused_adamw+int8"})
+    assert cells(report.block([write(tmp_path, on_gpu)]), "tiny, int8")[-1] == "-"
+
+
 def test_what_failed_is_not_hidden(on_gpu: Numbers, tmp_path: Path) -> None:
     line = next(x for x in on_gpu["lines"] if x["provider"] == "fused_adamw")
     line["problem"], line["times_rival"] = "RuntimeError: no such luck", {"gpu": None, "wall": None}
