@@ -7,6 +7,10 @@ A seed gives weights and batches, so that losses are compared in pairs. Only sto
 forward pass is computed from float32 copies of the weights (on a GPU under bfloat16 autocast, as in
 train.py), and gradients have the weights' dtype. Writes OUT/quality.json and OUT/quality.png. Runs
 that are in quality.json already are not repeated: what was cut off goes on, more seeds add to it.
+README's table is written by
+
+    python bench/quality.py --out bench/results/quality --readme README.md
+
 Exits with 1 if a loss is not finite.
 
 The learning rate is a tenth of train.py's: updates of the usual large-model size, which bfloat16
@@ -29,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blocks import rewrite
+from blocks import table as markdown
 from machine import find_commit
 from matplotlib.figure import Figure
 from rich import box
@@ -81,6 +87,7 @@ class Run:
     validation: float  # at the end
     curve: list[float]  # training losses, means of WINDOWS windows
     bytes_a_parameter: float  # weights, gradients and all that the optimizer keeps
+    machine: dict[str, str]  # and versions, and the commit
 
 
 class InFloat32(nn.Module):
@@ -145,7 +152,14 @@ def train(name: str, seed: int, settings: Settings, threads: int | None = None) 
         validation=float(training.validate(text.validation())),
         curve=[float(x.mean()) for x in windows],
         bytes_a_parameter=held,
+        machine={**machine(device), "commit": find_commit()},
     )
+
+
+def facts_of(runs: Sequence[Run]) -> dict[str, str]:
+    """On what they ran; several values of a fact, as of the commit, behind each other."""
+    facts = runs[0].machine
+    return {key: ", ".join(dict.fromkeys(run.machine[key] for run in runs)) for key in facts}
 
 
 @dataclass(frozen=True)
@@ -235,6 +249,19 @@ def cells(row: Row) -> list[str]:
     return [row.format, f"{row.bytes_a_parameter:.2f}", f"{mean:.4f}", f"± {spread:.4f}", *gap]
 
 
+def block(rows: Sequence[Row], facts: dict[str, str], settings: Settings) -> str:
+    """README's table, and under which conditions it holds."""
+    columns = "format", "B a parameter", "loss", "over seeds", "gap to fp32", "/ seed noise"
+    caption = (
+        f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}: "
+        f"`--size {settings.size} --steps {settings.steps} --lr {settings.lr:g} --beta2 "
+        f"{settings.beta2:g} --seeds {len(rows[0].losses)}`; losses in nats a byte, of validation "
+        "text, ± their standard deviation over the seeds; gaps in pairs, ± the standard error."
+    )
+    verdicts = "\n".join(f"* {sentence}" for sentence in judge(rows))
+    return "\n\n".join([caption, markdown(columns, [cells(row) for row in rows]), verdicts])
+
+
 def draw(runs: Sequence[Run], rows: Sequence[Row], title: str, path: Path) -> None:
     """Left the gap in the training loss over the steps, right the gap of each seed at the end."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -288,9 +315,9 @@ def load(path: Path, settings: Settings) -> list[Run]:
     return [Run(**run) for run in kept["runs"]]
 
 
-def save(path: Path, settings: Settings, facts: dict[str, str], runs: Sequence[Run]) -> None:
+def save(path: Path, settings: Settings, runs: Sequence[Run]) -> None:
     """Keep the runs for `load`."""
-    kept = {"machine": facts, "settings": asdict(settings), "runs": [asdict(x) for x in runs]}
+    kept = {"settings": asdict(settings), "runs": [asdict(x) for x in runs]}
     path.write_text(json.dumps(kept, indent=1))
 
 
@@ -315,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, on a CPU")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="%(default)s")
+    parser.add_argument("--readme", type=Path, help="a file to write the table into")
     args = parser.parse_args(argv)
     steps = SIZES[args.size].steps if args.steps is None else args.steps
     settings = Settings(args.size, steps, args.lr, args.beta2)
@@ -325,11 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
 
-    facts = {**machine(device), "commit": find_commit()}
-    title = " | ".join(f"{fact} {value}" for fact, value in facts.items())
-    title += f" | {', '.join(f'{k} {v}' for k, v in asdict(settings).items())}"
     console = Console(highlight=False)
-    console.print(title, soft_wrap=True)
     done = {(run.format, run.seed) for run in runs}
     wanted = [(f, s) for s in range(args.seeds) for f in args.formats if (f, s) not in done]
     threads = max(1, torch.get_num_threads() // args.jobs)
@@ -337,14 +361,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     finished = in_processes(args.jobs, calls)
     for run in track(finished, "trainings", len(calls), console=console, disable=not calls):
         runs.append(run)
-        save(path, settings, facts, runs)
+        save(path, settings, runs)
 
     rows = compare(runs)
     lost = [f"{run.format} (seed {run.seed})" for run in runs if not math.isfinite(run.validation)]
     if not rows:
         parser.error(f"nothing to compare: {FP32} has no run")
+    facts = {**facts_of(runs), **{key: str(x) for key, x in asdict(settings).items()}}
+    title = " | ".join(f"{fact} {value}" for fact, value in facts.items())
     draw(runs, rows, title, args.out / "quality.png")
-    console.print(tabulate(rows), *judge(rows), f"{path} and quality.png", sep="\n", soft_wrap=True)
+    console.print(
+        title, tabulate(rows), *judge(rows), f"{path} and quality.png", sep="\n", soft_wrap=True
+    )
+    if args.readme:
+        rewrite(args.readme, {"quality": block(rows, facts_of(runs), settings)})
     if lost:
         console.print("[bold red]FAIL[/] a loss is not finite:", ", ".join(lost))
     return 1 if lost else 0

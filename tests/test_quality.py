@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import maps
@@ -15,10 +16,12 @@ from torch import nn
 
 from fused_adamw import formats
 
+MACHINE = {"device": "made-up", "torch": "9.9", "commit": "1a2b3c4"}
+
 
 def _runs(losses: dict[str, list[float]]) -> list[Run]:
     return [
-        Run(name, seed, loss, curve=[loss], bytes_a_parameter=8.0)
+        Run(name, seed, loss, curve=[loss], bytes_a_parameter=8.0, machine=MACHINE)
         for name, own in losses.items()
         for seed, loss in enumerate(own)
     ]
@@ -115,9 +118,24 @@ def test_every_format_is_trained_and_what_is_there_goes_on(
 def test_a_loss_that_is_not_finite_fails(tmp_path: Path) -> None:
     settings = Settings("tiny", 3, 3e-4, 0.95)
     runs = _runs({FP32: [2.0], BF16: [math.nan]})
-    quality.save(tmp_path / "quality.json", settings, {}, runs)
+    quality.save(tmp_path / "quality.json", settings, runs)
     options = ["--size", "tiny", "--steps", "3", "--seeds", "0", "--out", str(tmp_path)]
     assert quality.main(options) == 1
+
+
+def test_readme_has_the_table_of_what_was_measured(tmp_path: Path) -> None:
+    runs = _runs({FP32: [2.0, 2.2], MASTER_INT8: [2.01, 2.23]})
+    runs[1] = replace(runs[1], machine={**MACHINE, "commit": "5d6e7f8"})
+    quality.save(tmp_path / "quality.json", Settings("tiny", 3, 3e-4, 0.95), runs)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- quality: written -->\nold\n<!-- /quality -->\n")
+    options = ["--size", "tiny", "--steps", "3", "--seeds", "0", "--out", str(tmp_path)]
+    assert quality.main([*options, "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    for fact in "made-up", "torch 9.9", "1a2b3c4, 5d6e7f8", "--size tiny --steps 3 --lr 0.0003":
+        assert fact in text
+    assert "| bf16 + master + int8 | 8.00 | 2.1200 | ± 0.1556 | +0.0200 ± 0.0100 | +0.14 |" in text
+    assert "old" not in text
 
 
 def test_maps_are_what_formats_ship() -> None:
