@@ -179,6 +179,8 @@ def adamw_stored(
     """
     lines = {key: memory_line(x) for key, x in state.items() if key in storage.keys}
     lines |= {"param": memory_line(param), "grad": memory_line(grad)}
+    if REMAINDER in lines:
+        lines[REMAINDER] = lines[REMAINDER].view(torch.int16)
     size = PIECE_PER_THREAD * torch.get_num_threads()  # whole quantisation blocks
     for start in range(0, param.numel(), size):
         piece = {
