@@ -206,7 +206,7 @@ def make(
             continue
         x = decoded(name, state)
         if dtype == torch.uint8:
-            made.update(zip(own, _encoded(name, x, like), strict=True))
+            made.update(zip(own, _quantised(name, x, like), strict=True))
             continue
         if dtype is None:
             twin = state.get("exp_avg_sq") if name == "max_exp_avg_sq" else None
@@ -249,17 +249,22 @@ def decoded(name: str, state: Mapping[str, Any]) -> Tensor | None:
     return values
 
 
-def _encoded(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and exponents, rounded to nearest."""
+def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and exponents of a moment [n]; second ones by random bits, or else to nearest."""
+    if name == "exp_avg":
+        return formats.encode_signed(x)
+    if random is None:
+        random = torch.full_like(x, 0x8000, dtype=torch.int32)
+    return formats.encode_unsigned(x, random)
+
+
+def _quantised(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and exponents as the state keeps them, rounded to nearest."""
     code = torch.zeros_like(like, dtype=torch.uint8, requires_grad=False)
     scale = torch.zeros(scale_shape(like), dtype=torch.uint8, device=like.device)
     if x is not None and x.numel():
         line = memory_line(torch.empty_like(code, dtype=torch.float32).copy_(x))
-        if name == "exp_avg":
-            codes, exponents = formats.encode_signed(line)
-        else:
-            half = torch.full_like(line, 0x8000, dtype=torch.int32)
-            codes, exponents = formats.encode_unsigned(line, half)
+        codes, exponents = encoded(name, line)
         memory_line(code).copy_(codes)
         scale.copy_(exponents.view(scale.shape))
     return code, scale
