@@ -254,7 +254,7 @@ def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor,
     if name == "exp_avg":
         return formats.encode_signed(x)
     if random is None:
-        random = torch.full_like(x, 0x8000, dtype=torch.int32)
+        random = torch.full_like(x, 2**31, dtype=torch.int64)
     return formats.encode_unsigned(x, random)
 
 
