@@ -1,8 +1,8 @@
 """The plan of a step: which tensors it updates, checked once and kept while nothing has moved.
 
 A plan is found stale by comparing what tensors *are* (address, dtype, layout) with what it was
-made from, never by the identity of objects: `zero_grad()` makes new gradients in every step, and
-`p.data = x` keeps the object while everything else changes. It keeps no gradient and no state
+made from, never by the identity of objects alone: `zero_grad()` makes new gradients in every step,
+and `p.data = x` keeps the object while everything else changes. It keeps no gradient and no state
 alive, so that a trainer can move states to the CPU and get their memory back.
 """
 
@@ -23,7 +23,6 @@ from .checks import check_tensors, param_name, refuse_overlaps
 from .kernels import table as t
 from .kernels.launch_parameters import architecture, launch_parameters
 from .layouts import (
-    IN_CACHE,
     REALS,
     Described,
     GradLayout,
@@ -39,6 +38,11 @@ from .storage import Storage
 Groups = Sequence[Mapping[str, Any]]
 Grads = Sequence[Tensor | None]
 State = MutableMapping[Tensor, dict[str, Any]]
+
+
+# Params asked in one go: their objects stay in the L2 cache from one question to the next, and
+# answers equal to the last look's are dropped before they leave it.
+IN_CACHE = 256
 
 
 class Entry(NamedTuple):
