@@ -157,7 +157,9 @@ def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -
             if code is not None and not is_sharded(code):
                 found[name] = storing.decoded(name, found)
                 del found[f"{name}_q"], found[f"{name}_scale"]
-    for key in found.keys() & STORED.keys():
+    for key in STORED:  # in one order on all ranks: laying out anew is a collective
+        if key not in found:
+            continue
         x = local_of_loaded(found[key], param).detach().to(local(param).device)
         if key in MOMENTS and storage.moments.get(key) is None and not param.is_complex():
             x = x.to(param.dtype)

@@ -125,12 +125,10 @@ def keys_of(name: str, dtype: torch.dtype | None) -> tuple[str, ...]:
 def storage_of(group: Mapping[str, Any], param: Tensor) -> Storage:
     """How a param of the group is stored.
 
-    Moments are in 8 bits whatever the param's size, with one exception: a DTensor whose rows are
-    not whole quantisation blocks on each rank has them in float32, since a block would be cut by
-    the sharding, and another one would cut it elsewhere.
+    What `is_quantised` excludes from 8 bits has its moments in float32.
     """
     first, second = state_dtypes(group.get("state_dtype"))
-    if is_sharded(param) and not whole_rows_of(param, t.QUANT_BLOCK):
+    if torch.uint8 in (first, second) and not is_quantised(param):
         first, second = (torch.float32 if x == torch.uint8 else x for x in (first, second))
     master = None
     if group.get("master_weights", False):
@@ -140,6 +138,24 @@ def storage_of(group: Mapping[str, Any], param: Tensor) -> Storage:
         second,
     )
     return Storage(first, second, master, stochastic, bool(group["amsgrad"]))
+
+
+def is_quantised(param: Tensor) -> bool:
+    """Whether moments of the param are kept in 8 bits where its group says so.
+
+    Matrices, row-major, whose rows are whole quantisation blocks, so that no block is cut when
+    they are sharded, and the keys of a state are the same in every sharding: norms, biases and
+    convolutions of three channels, which have few elements, are out. So is a DTensor cut within
+    rows into parts that are no whole blocks. Flat vectors, FSDP1's say, are nobody's to shard.
+
+    By what all ranks know alike, never by the part that lies on one of them.
+    """
+    if not _is_row_major(param.shape, param.stride()):
+        return False
+    if param.dim() < 2:
+        return param.dim() == 1 and len(param) >= FLAT_VECTOR and not is_sharded(param)
+    row = param.shape[1:].numel()
+    return row > 0 and (whole_rows_of(param, BLOCK) if is_sharded(param) else row % BLOCK == 0)
 
 
 def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
@@ -162,12 +178,10 @@ def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
 
 
 def scale_shape(like: Tensor) -> tuple[int, ...]:
-    """Shape of the exponents of a param's moments: by rows, where these are whole blocks."""
-    if like.dim() >= 2 and like.is_contiguous():
-        row = like.shape[1:].numel()
-        if row and row % t.QUANT_BLOCK == 0:
-            return like.shape[0], row // t.QUANT_BLOCK
-    return (-(-like.numel() // t.QUANT_BLOCK),)
+    """Shape of the exponents of a param's moments: those of a row in a row."""
+    if like.dim() < 2:
+        return (-(-like.numel() // BLOCK),)
+    return like.shape[0], like.shape[1:].numel() // BLOCK
 
 
 def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[str]:
