@@ -137,6 +137,8 @@ def own_state(
             name = param_name(group, number, position)
             storing.check_storage(name, local(p), group)
             storage = storing.storage_of(group, p)
+            if storing.known("max_exp_avg_sq", state[p]):  # kept though amsgrad may be off now
+                storage = storage._replace(amsgrad=True)
             given = _loaded(storage, state[p], p)
             check_state(name, local(p), given)
             own[p] = _own(storage, given, p)
@@ -180,7 +182,9 @@ def _own(storage: storing.Storage, given: Mapping[str, Any], param: Tensor) -> d
         if key in made or key in unwanted or key == "step":
             continue
         if key.endswith("_scale") and key in STORED:
-            made[key] = x.clone().view(storing.scale_shape(like))
+            made[key] = x.reshape(storing.scale_shape(like)).clone(
+                memory_format=torch.contiguous_format
+            )
         elif key in STORED:
             made[key] = torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x.detach())
         else:

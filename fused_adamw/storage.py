@@ -20,8 +20,8 @@ from torch import Tensor
 
 from . import formats
 from .kernels import table as t
-from .layouts import memory_line, same_strides
-from .shards import is_sharded, whole_rows_of
+from .layouts import same_strides
+from .shards import is_sharded, row_of_shard
 
 StateDtype: TypeAlias = torch.dtype | Literal["int8"] | None
 OPTIONS: dict[str, Any] = {  # of a group, and their defaults
@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {  # of a group, and their defaults
     "state_dtype": None,
     "seed": 0,
 }
+FLAT_VECTOR = 65536  # elements from which on a vector is no norm or bias, but many params in a row
 REMAINDER, MASTER = "master_remainder", "master_param"
 _DTYPES: dict[Any, torch.dtype | None] = {
     None: None,
@@ -88,8 +89,12 @@ class Storage(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether everything is a floating-point number, rounded to nearest."""
-        quantised = torch.uint8 in (self.exp_avg, self.exp_avg_sq)
-        return self.master is None and not self.stochastic and not quantised
+        return self.master is None and not self.stochastic and not self.quantised
+
+    @property
+    def quantised(self) -> bool:
+        """Whether a moment is in 8 bits."""
+        return torch.uint8 in (self.exp_avg, self.exp_avg_sq)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -148,14 +153,14 @@ def is_quantised(param: Tensor) -> bool:
     convolutions of three channels, which have few elements, are out. So is a DTensor cut within
     rows into parts that are no whole blocks. Flat vectors, FSDP1's say, are nobody's to shard.
 
-    By what all ranks know alike, never by the part that lies on one of them.
+    Asked of the whole, which all ranks know alike, never of the part that lies on one of them.
     """
-    if not _is_row_major(param.shape, param.stride()):
+    if not param.is_contiguous():  # of a DTensor: the whole
         return False
     if param.dim() < 2:
         return param.dim() == 1 and len(param) >= FLAT_VECTOR and not is_sharded(param)
-    row = param.shape[1:].numel()
-    return row > 0 and (whole_rows_of(param, BLOCK) if is_sharded(param) else row % BLOCK == 0)
+    row = param.shape[1:].numel() if not is_sharded(param) else row_of_shard(param)
+    return row > 0 and row % t.QUANT_BLOCK == 0
 
 
 def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
@@ -180,8 +185,8 @@ def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
 def scale_shape(like: Tensor) -> tuple[int, ...]:
     """Shape of the exponents of a param's moments: those of a row in a row."""
     if like.dim() < 2:
-        return (-(-like.numel() // BLOCK),)
-    return like.shape[0], like.shape[1:].numel() // BLOCK
+        return (-(-like.numel() // t.QUANT_BLOCK),)
+    return like.shape[0], like.shape[1:].numel() // t.QUANT_BLOCK
 
 
 def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[str]:
@@ -193,6 +198,7 @@ def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[st
         if (
             x is None
             or own[-1] not in state
+            or (dtype == torch.uint8 and not state[own[-1]].is_contiguous())
             or (dtype is not None and x.dtype != dtype)
             or not same_strides(like.shape, x.stride(), like.stride())
         ):
@@ -250,17 +256,15 @@ def unwanted(storage: Storage, state: Mapping[str, Any]) -> list[str]:
 
 
 def decoded(name: str, state: Mapping[str, Any]) -> Tensor | None:
-    """A moment as a floating-point tensor in its own layout; None where there is none."""
+    """A moment as a floating-point tensor; None where there is none."""
     if name in state:
         plain: Tensor = state[name]
         return plain
     code, scale = state.get(f"{name}_q"), state.get(f"{name}_scale")
     if code is None or scale is None:
         return None
-    values = torch.empty_like(code, dtype=torch.float32)
     decode = formats.decode_signed if name == "exp_avg" else formats.decode_unsigned
-    memory_line(values).copy_(decode(memory_line(code), scale.reshape(-1)))
-    return values
+    return decode(code.reshape(-1), scale.reshape(-1)).view(code.shape)
 
 
 def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -274,14 +278,11 @@ def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor,
 
 def _quantised(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and exponents as the state keeps them, rounded to nearest."""
-    code = torch.zeros_like(like, dtype=torch.uint8, requires_grad=False)
-    scale = torch.zeros(scale_shape(like), dtype=torch.uint8, device=like.device)
-    if x is not None and x.numel():
-        line = memory_line(torch.empty_like(code, dtype=torch.float32).copy_(x))
-        codes, exponents = encoded(name, line)
-        memory_line(code).copy_(codes)
-        scale.copy_(exponents.view(scale.shape))
-    return code, scale
+    if x is None or not x.numel():
+        code = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
+        return code, torch.zeros(scale_shape(like), dtype=torch.uint8, device=like.device)
+    code, scale = encoded(name, x.to(like.device, torch.float32).reshape(-1))
+    return code.view(like.shape), scale.view(scale_shape(like))
 
 
 def _made_master(key: str, param: Tensor, state: Mapping[str, Any]) -> Tensor:
