@@ -41,7 +41,7 @@ _DTYPES: dict[Any, torch.dtype | None] = {
 
 
 def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """Dtypes of first and second moments: uint8 for 8 bits, None for the param's own.
+    """Dtypes of first and second moments: uint8 for 8 bits, None for what is updated.
 
     Raises:
         ValueError: no such format.
@@ -51,7 +51,7 @@ def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
         first, second = (_DTYPES[x] for x in pair)
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"Invalid state_dtype: {given!r} (want None for the param's dtype, torch.float32, "
+            f"Invalid state_dtype: {given!r} (want None for the dtype of the param or its master, torch.float32, "
             "torch.bfloat16 or 'int8', or a pair of them for exp_avg and exp_avg_sq)"
         ) from None
     return first, second
@@ -74,7 +74,7 @@ def check_options(group: Mapping[str, Any]) -> None:
 class Storage(NamedTuple):
     """How one param and its moments are stored."""
 
-    exp_avg: torch.dtype | None  # uint8: 8 bits; None: as it is, at first the param's
+    exp_avg: torch.dtype | None  # uint8: 8 bits; None: as it is, at first the param's own
     exp_avg_sq: torch.dtype | None
     master: torch.dtype | None  # what its bits are: int16, a remainder; float32, a copy
     stochastic: bool
@@ -130,7 +130,8 @@ def keys_of(name: str, dtype: torch.dtype | None) -> tuple[str, ...]:
 def storage_of(group: Mapping[str, Any], param: Tensor) -> Storage:
     """How a param of the group is stored.
 
-    What `is_quantised` excludes from 8 bits has its moments in float32.
+    What `is_quantised` excludes from 8 bits has its moments in float32, as a master's are unless
+    the group says otherwise.
     """
     first, second = state_dtypes(group.get("state_dtype"))
     if torch.uint8 in (first, second) and not is_quantised(param):
@@ -138,8 +139,10 @@ def storage_of(group: Mapping[str, Any], param: Tensor) -> Storage:
     master = None
     if group.get("master_weights", False):
         master = {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(param.dtype)
+    if master is not None:
+        first, second = (torch.float32 if x is None else x for x in (first, second))
     stochastic = bool(group.get("stochastic_rounding", False)) and torch.bfloat16 in (
-        param.dtype if master is None or second is None else None,
+        param.dtype if master is None else None,
         second,
     )
     return Storage(first, second, master, stochastic, bool(group["amsgrad"]))

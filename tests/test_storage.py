@@ -97,7 +97,7 @@ def test_masters_follow_float32_to_the_bit(
     low, full = make(device, dtype), make(device, dtype)
     full = [Parameter(p.detach().float()) for p in full]
     options = {"lr": 0.01, "weight_decay": 0.1, "backend": backend, **options}
-    ours = FusedAdamW(low, master_weights=True, state_dtype=F32, **options)
+    ours = FusedAdamW(low, master_weights=True, **options)
     truth = FusedAdamW(full, **options)
     for step in range(6):
         train(ours, range(step, step + 1), dtype)
@@ -140,7 +140,6 @@ def test_weights_changed_from_outside_are_followed(
         model.parameters(),
         lr=1e-3,
         master_weights=True,
-        state_dtype=F32,  # float16 holds no squares of these gradients
         weight_decay=0,
         backend=backend,
     )
@@ -170,7 +169,7 @@ def test_convert_keeps_the_float32_weights(device: torch.device, backend: Any) -
             {"params": list(net[0].parameters())},
             {"params": list(net[1:].parameters()), "lr": 0.02},
         ]
-        options: Any = {"master_weights": True, "state_dtype": F32, "backend": backend}
+        options: Any = {"master_weights": True, "backend": backend}
         return net, FusedAdamW(groups, lr=0.01, **options)
 
     (a, low), (b, full) = build(), build()
@@ -207,6 +206,28 @@ def test_convert_before_the_first_step(device: torch.device, backend: Any) -> No
     for p, x in zip(net.parameters(), before, strict=True):
         assert torch.equal(master_of(optimizer, p), x)
     train(optimizer, range(1))
+
+
+def test_convert_resumes(device: torch.device, backend: Any) -> None:
+    """From the checkpoint of a converted model, whose moments are still float32."""
+
+    def build() -> tuple[nn.Module, FusedAdamW]:
+        net = nn.Linear(70, 3, device=device)
+        return net, FusedAdamW(net.parameters(), master_weights=True, backend=backend)
+
+    (a, straight), (b, resumed) = build(), build()
+    train(straight, range(2))
+    convert_to_bf16_(a, straight)
+    train(straight, range(2, 3))
+    b.bfloat16().load_state_dict(a.state_dict())
+    resumed.load_state_dict(straight.state_dict())
+    for optimizer in (straight, resumed):
+        train(optimizer, range(3, 5))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert straight.state[p]["exp_avg_sq"].dtype == resumed.state[q]["exp_avg"].dtype == F32
+        for key, x in straight.state[p].items():
+            assert same_bits(x, resumed.state[q][key]), key
 
 
 def test_convert_wants_masters() -> None:
