@@ -92,6 +92,11 @@ class Storage(NamedTuple):
         return self.master is None and not self.stochastic and not self.quantised
 
     @property
+    def random(self) -> bool:
+        """Whether some store is rounded stochastically."""
+        return self.stochastic or self.exp_avg_sq == torch.uint8
+
+    @property
     def quantised(self) -> bool:
         """Whether a moment is in 8 bits."""
         return torch.uint8 in (self.exp_avg, self.exp_avg_sq)
@@ -175,6 +180,16 @@ def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
     elif param.dtype == torch.float64 and torch.uint8 in dtypes:
         wanted = f"state_dtype={group['state_dtype']!r}"
         cure = "8-bit moments are computed in float32: leave state_dtype=None in their group"
+    elif (
+        param.dtype == torch.float64
+        and dtypes[1] == torch.bfloat16
+        and group.get("stochastic_rounding", False)
+    ):
+        wanted = f"stochastic_rounding=True and state_dtype={group['state_dtype']!r}"
+        cure = (
+            "it rounds float32 to bfloat16: leave stochastic_rounding out in their group, or keep "
+            "second moments in another dtype"
+        )
     elif param.dtype == torch.float16 and group.get("stochastic_rounding", False):
         if group.get("master_weights", False):
             return

@@ -684,6 +684,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     [
         (torch.complex64, {"state_dtype": F32}, "their moments are complex"),
         (F64, {"state_dtype": "int8"}, "computed in float32"),
+        (F64, {"stochastic_rounding": True, "state_dtype": BF16}, "rounds float32 to bfloat16"),
         (F16, {"stochastic_rounding": True}, "rounds to bfloat16 alone"),
     ],
     ids=str,
@@ -701,12 +702,14 @@ def test_dtypes_that_cannot_be_stored_so(
     assert torch.equal(good, torch.ones_like(good))
 
 
-def test_float64_and_float32_params_beside(device: torch.device, backend: Any) -> None:
-    """Options that mean nothing for a dtype leave it alone."""
+@each("dtypes", [None, F32, (BF16, F32)], ids=str)
+def test_float64_and_float32_params_beside(device: torch.device, backend: Any, dtypes: Any) -> None:
+    """Options that mean nothing for a dtype leave it alone: float64 is computed in float64."""
     params = [Parameter(torch.ones(9, dtype=d, device=device)) for d in (F64, F32)]
     plain = [Parameter(p.detach().clone()) for p in params]
-    ours = FusedAdamW(params, master_weights=True, stochastic_rounding=True, backend=backend)
-    truth = FusedAdamW(plain, backend=backend)
+    stored: Any = {"state_dtype": dtypes, "backend": backend}
+    ours = FusedAdamW(params, master_weights=True, stochastic_rounding=True, **stored)
+    truth = FusedAdamW(plain, **stored)
     for step in range(2):
         train(ours, range(step, step + 1))
         train(truth, range(step, step + 1))
