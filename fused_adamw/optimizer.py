@@ -26,7 +26,7 @@ from .launch import GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
 from .norm import Clipping, check_clipping
 from .plan import Entry, Grads, Plan, Seen, flat
-from .shards import LocalGrads, as_param, local, local_grads, local_state, place_of
+from .shards import LocalGrads, as_param, local, local_grads, local_state
 from .storage import StateDtype
 from .telemetry import Measures, Telemetry
 
@@ -624,7 +624,7 @@ class FusedAdamW(Optimizer):
                 state,
                 e.storage,
                 known[e.group, step],
-                reference.Random(*keys, place_of(e.name, e.param)),
+                reference.Random(*keys, e.part),
                 store_grad=grad_scale is not None,
                 measures=measured,
             )

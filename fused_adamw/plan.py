@@ -51,6 +51,7 @@ class Entry(NamedTuple):
     param: Tensor  # as the optimizer and its state know it
     local: Tensor  # what lies on this rank: the param itself, unless it is a DTensor
     storage: Storage  # of its moments and its master
+    part: Place  # where its elements lie in the whole param, if the storage asks
     grad: GradLayout  # where it has none in this step: as it was, or as it will most likely be
     dense: Tensor | None  # stand-in for a param with gaps in its memory, copied there and back
     grad_copy: Tensor | None  # the gradient in the param's layout, where its own is another
@@ -252,9 +253,10 @@ def make_entries(
                     and known[place][1].numel == here.numel()
                 ):
                     layout = known[place][1]
+            part = place_of(name, p) if storage.random or storage.quantised else Place()
             mesh = meshes[place] if meshes else 0
             entries.append(
-                Entry(place, at, number, name, p, here, storage, layout, None, None, mesh)
+                Entry(place, at, number, name, p, here, storage, part, layout, None, None, mesh)
             )
     return Entries.of([_with_copies(e) for e in entries])
 
@@ -366,7 +368,6 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         master=storage.master,
         stochastic=storage.stochastic,
     )
-    place = place_of(e.name, e.param) if signature.random else Place()
     return t.Row(
         param=param.data_ptr(),
         exp_avg=at[first],
@@ -375,7 +376,7 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         step=state["step"].data_ptr(),
         numel=param.numel() * (2 if param.is_complex() else 1),
         group=e.group,
-        signature=signature._replace(columns=place.inner != 0),
+        signature=signature._replace(columns=signature.random and e.part.inner != 0),
         step_is_double=state["step"].dtype == torch.float64,
         mesh=e.mesh,
         master=at[storage.keys[-1]] if storage.master is not None else 0,
@@ -383,7 +384,7 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         exp_avg_sq_scale=at.get("exp_avg_sq_scale", 0),
         max_exp_avg_sq_scale=at.get("max_exp_avg_sq_scale", 0),
         position=e.position,
-        first=place.first,
-        inner=place.inner,
-        inner_whole=place.inner_whole,
+        first=e.part.first,
+        inner=e.part.inner,
+        inner_whole=e.part.inner_whole,
     )

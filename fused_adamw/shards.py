@@ -96,10 +96,11 @@ def place_of(name: str, param: Tensor) -> Place:
         param.shape, param.device_mesh, param.placements
     )
     others = [d for d in range(1, param.dim()) if shape[d] != param.shape[d]]
-    if len(others) > 1 or not param._local_tensor.is_contiguous():
+    here = torch.empty_like(param._local_tensor, device="meta")  # without gaps, as it is updated
+    if len(others) > 1 or not here.is_contiguous():
         raise RuntimeError(
             f"{name} is a DTensor of {param.placements}: stochastic rounding and 8-bit moments "
-            "need to know where its elements lie in the whole tensor, and can tell for contiguous "
+            "need to know where its elements lie in the whole tensor, and can tell for row-major "
             "shards of the first dimension and at most one other. Use neither for its group."
         )
     if not others:

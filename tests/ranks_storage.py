@@ -109,6 +109,42 @@ def same_keys_in_every_sharding() -> None:
     assert optimizer.state[p]["exp_avg"].dtype == torch.float32
 
 
+def refused_before_anything_changes(backend: str) -> None:
+    """A DTensor whose elements' places cannot be told, behind a param that can be updated."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    good = nn.Parameter(torch.ones(8).bfloat16())
+    columns = torch.ones(6, 4).bfloat16().t()
+    bad = nn.Parameter(DTensor.from_local(columns, mesh, [Shard(0)]))
+    make: Any = FusedAdamW
+    for before, after in (
+        ({}, {"stochastic_rounding": True}),
+        ({"state_dtype": torch.float32}, {"state_dtype": None, "stochastic_rounding": True}),
+    ):
+        optimizer = make([good, bad], backend=backend, **before)
+        for p in (good, bad):
+            p.grad = torch.ones_like(p)
+        if before:
+            optimizer.step()
+        optimizer.param_groups[0].update(after)
+        kept = {p: dict(state) for p, state in optimizer.state.items()}
+        values = [
+            x.clone() for p in (good, bad) for x in (local(p.detach()), *kept.get(p, {}).values())
+        ]
+        with pytest.raises(RuntimeError, match="where its elements lie"):
+            optimizer.step()
+        assert kept == optimizer.state
+        again = [x for p in (good, bad) for x in (local(p.detach()), *kept.get(p, {}).values())]
+        assert all(torch.equal(local(x), local(y)) for x, y in zip(values, again, strict=True))
+    make([good, bad], backend=backend, master_weights=True).step()  # draws no random bits
+    # a row-major part with gaps, as one that was cut out of the whole
+    gaps = torch.ones(4, 12).bfloat16()[:, :6]
+    p = nn.Parameter(
+        DTensor.from_local(gaps, mesh, [Shard(1)], shape=torch.Size((4, 24)), stride=(24, 1))
+    )
+    p.grad = torch.ones_like(p)
+    make([p], backend=backend, stochastic_rounding=True).step()
+
+
 def fsdp2_over_tensor_parallelism() -> None:
     """Rows cut twice are 8 bits, too, and their bits those of the whole param."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))

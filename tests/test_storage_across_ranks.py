@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(
     reason="torch was built without torch.distributed or gloo",
 )
 each = pytest.mark.parametrize
+# the backends of CPU tensors besides the reference
+INTERPRETED = () if torch.cuda.is_available() else ("triton",)
 
 
 @each(
@@ -40,6 +42,11 @@ def test_keys_and_bits_of_sharded_rows() -> None:
         ranks_storage.fsdp2_over_tensor_parallelism,
     )
     on_ranks(4, in_turn, [(x,) for x in scenarios])
+
+
+def test_places_that_cannot_be_told() -> None:
+    refused = ranks_storage.refused_before_anything_changes
+    on_ranks(4, in_turn, [(refused, backend) for backend in ("reference", *INTERPRETED)])
 
 
 @each(
