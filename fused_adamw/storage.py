@@ -51,8 +51,8 @@ def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
         first, second = (_DTYPES[x] for x in pair)
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"Invalid state_dtype: {given!r} (want None for the dtype of the param or its master, torch.float32, "
-            "torch.bfloat16 or 'int8', or a pair of them for exp_avg and exp_avg_sq)"
+            f"Invalid state_dtype: {given!r} (want None for the dtype of the param or its master, "
+            "torch.float32, torch.bfloat16 or 'int8', or a pair of them for exp_avg and exp_avg_sq)"
         ) from None
     return first, second
 
@@ -213,6 +213,8 @@ def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[st
     for name, dtype in storage.moments.items():
         own = keys_of(name, dtype)
         x = state.get(own[0])
+        if dtype is None and name == "max_exp_avg_sq":  # the kernel knows one dtype for both
+            dtype = state["exp_avg_sq"].dtype if "exp_avg_sq" in state else like.dtype
         if (
             x is None
             or own[-1] not in state
@@ -247,8 +249,8 @@ def make(
             made.update(zip(own, _quantised(name, x, like), strict=True))
             continue
         if dtype is None:
-            twin = state.get("exp_avg_sq") if name == "max_exp_avg_sq" else None
-            given = state.get(name, twin)  # both second moments have one dtype
+            twin = "exp_avg_sq" if name == "max_exp_avg_sq" else name
+            given = made.get(twin, state.get(twin))  # both second moments have one dtype
             dtype = like.dtype if given is None else given.dtype
         new = made[name] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
         if x is not None:

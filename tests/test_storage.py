@@ -598,6 +598,55 @@ def test_options_may_change_between_steps(device: torch.device, backend: Any) ->
             assert state.keys() == {"step", *storage.storage_of(group, p).keys}
 
 
+@each("wanted", [F32, None, "int8"], ids=str)
+def test_a_maximum_that_amsgrad_left_behind(
+    device: torch.device, backend: Any, wanted: Any
+) -> None:
+    """It stays, in whatever format, and is converted when amsgrad wants it again."""
+    p = Parameter(torch.ones(2, 64, dtype=BF16, device=device))
+    optimizer = FusedAdamW([p], amsgrad=True, state_dtype=BF16, backend=backend)
+    group, options = optimizer.param_groups[0], {"state_dtype": wanted}
+    p.grad = torch.full_like(p, 4.0)
+    optimizer.step()
+    group.update(options, amsgrad=False)
+    if wanted is None:
+        state = optimizer.state[p]
+        state["exp_avg"], state["exp_avg_sq"] = (
+            state["exp_avg"].float(),
+            state["exp_avg_sq"].float(),
+        )
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    p.data = p.data.clone()  # all is checked again
+    optimizer.step()
+    other = FusedAdamW([p], backend=backend, state_dtype=wanted)
+    other.load_state_dict(optimizer.state_dict())
+    for own in (optimizer, other):
+        own.step()
+        own.param_groups[0]["amsgrad"] = True
+        own.step()
+        found = moments(own, p)
+        assert len(found) == 3
+        assert found[1].dtype == found[2].dtype
+        torch.testing.assert_close(
+            found[2].float(), torch.full_like(found[2], 0.016).float(), rtol=0.05, atol=0
+        )
+
+
+def test_torchs_maximum_that_amsgrad_left_behind(device: torch.device) -> None:
+    p = Parameter(torch.ones(8, device=device))
+    theirs = torch.optim.AdamW([p], amsgrad=True)
+    p.grad = torch.ones_like(p)
+    theirs.step()
+    theirs.param_groups[0]["amsgrad"] = False
+    q = Parameter(p.detach().bfloat16())
+    ours = FusedAdamW([q], state_dtype=F32)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.state[q]["max_exp_avg_sq"], theirs.state[p]["max_exp_avg_sq"])
+    q.grad = torch.ones_like(q)
+    ours.step()
+
+
 @each("layout", ["channels_last", "transposed", "slice", "unaligned"])
 @each("name", ["master+int8", "stochastic"])
 def test_layouts(device: torch.device, layout: str, name: str) -> None:
@@ -742,9 +791,20 @@ def test_a_damaged_state_is_refused(device: torch.device, backend: Any) -> None:
         broken["state"][0][key] = bad
         with pytest.raises(error, match=message):
             optimizer.load_state_dict(broken)
-    del saved["state"][0]["exp_avg_scale"]
-    with pytest.raises(RuntimeError, match="but not"):
+    saved["state"][0]["max_exp_avg_sq_q"] = saved["state"][0]["exp_avg_sq_q"]
+    with pytest.raises(RuntimeError, match=r"but not \['max_exp_avg_sq'\]"):
         optimizer.load_state_dict(saved)
+    del saved["state"][0]["max_exp_avg_sq_q"], saved["state"][0]["exp_avg_scale"]
+    with pytest.raises(RuntimeError, match=r"but not \['exp_avg'\]"):
+        optimizer.load_state_dict(saved)
+    p.data = p.data.clone()  # all is checked again
+    for key, bad, message in (
+        ("exp_avg", torch.zeros(200, dtype=torch.int32), "has to be a real floating-point tensor"),
+        ("exp_avg", torch.zeros(200, dtype=torch.complex64), "start it anew"),
+    ):
+        state[key] = bad.to(device)
+        with pytest.raises(TypeError, match=message):
+            optimizer.step()
 
 
 def test_remainders_are_bits(device: torch.device, backend: Any) -> None:
