@@ -205,15 +205,17 @@ class FusedAdamW(Optimizer):
         defaults = state.get("defaults") or self.defaults
         own_groups = self.__dict__.get("param_groups")  # there when a checkpoint is loaded
         for number, group in enumerate(state["param_groups"]):
-            for key, value in defaults.items():
-                group.setdefault(key, value)
             if own_groups is not None:
                 for key in (_DECOUPLED, "differentiable"):
                     group[key] = own_groups[number][key]
+                if "seed" in own_groups[number]:  # for a checkpoint that knows of none
+                    group.setdefault("seed", own_groups[number]["seed"])
                 for key in ("master_weights", "stochastic_rounding", "state_dtype"):
                     group.pop(key, None)
                     if key in own_groups[number]:
                         group[key] = own_groups[number][key]
+            for key, value in defaults.items():
+                group.setdefault(key, value)
             group["betas"] = _scalar_betas(group["betas"])
             _check_group(group)
         kept = stating.own_state(state["state"], state["param_groups"], step_dtype())

@@ -28,6 +28,7 @@ from .layouts import (
     REALS,
     Described,
     GradLayout,
+    dense_copy,
     grad_layout,
     is_dense,
     same_strides,
@@ -262,9 +263,8 @@ def make_entries(
 
 
 def _with_copies(e: Entry) -> Entry:
-    dense = None
-    if not is_dense(e.local):
-        dense = torch.empty_like(e.local, memory_format=torch.preserve_format)
+    # with its values: a master may be made of them
+    dense = None if is_dense(e.local) else dense_copy(e.local)
     like = e.local if dense is None else dense
     if e.grad.lazy or not same_strides(like.shape, e.grad.stride, like.stride()):
         copy = torch.empty_like(like, dtype=e.grad.dtype, memory_format=torch.preserve_format)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import storage as storing
 from .checks import MOMENTS, STORED, check_state, param_name
-from .layouts import FLOATS, is_dense
+from .layouts import FLOATS, dense_copy, is_dense
 from .shards import as_param, is_sharded, local, local_of_loaded, local_state
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -
 def _own(storage: storing.Storage, given: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     like = local(param)
     if not is_dense(like):
-        like = torch.empty_like(like, memory_format=torch.preserve_format)
+        like = dense_copy(like)
     lacking = [k for k in storing.lacking(storage, like, given) if storing.known(k, given)]
     made = storing.make(storage, like, given, lacking)
     unwanted = storing.unwanted(storage, given)

@@ -690,6 +690,46 @@ def test_layouts(device: torch.device, layout: str, name: str) -> None:
     train(other, range(2, 3))
 
 
+@each("when", ["load", "step"])
+def test_masters_of_params_with_gaps(device: torch.device, when: str) -> None:
+    """Compared with the param's values: an empty stand-in's are what the allocator had there."""
+    torch.manual_seed(1)
+    low = FusedAdamW([Parameter(torch.randn(16, 8, device=device).half())], master_weights=True)
+    train(low, range(2), F16)
+    (given,) = (state["master_param"] for state in low.state.values())
+    p = Parameter(torch.empty(16, 16, dtype=BF16, device=device)[:, :8])
+    p.data.copy_(formats.encode_remainder(given)[0])
+    optimizer = FusedAdamW([p], master_weights=True, lr=0.0)
+    saved = low.state_dict()
+    saved["param_groups"][0]["lr"] = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.empty_like
+
+        def poisoned(*arguments: Any, **options: Any) -> Tensor:
+            x = real(*arguments, **options)
+            return x.fill_(7) if x.device.type != "meta" else x
+
+        patch.setattr(torch, "empty_like", poisoned)
+        optimizer.load_state_dict(saved)
+        if when == "step":
+            del optimizer.state[p]["master_remainder"]
+            optimizer.state[p]["master_param"] = given.clone()
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+    assert torch.equal(master_of(optimizer, p), given)
+
+
+def test_seeds_of_groups_outlive_a_checkpoint_without(device: torch.device) -> None:
+    p, q = make(device, BF16, [(64,), (64,)])
+    groups: list[dict[str, Any]] = [{"params": [p], "seed": 7}, {"params": [q]}]
+    ours = FusedAdamW(groups, stochastic_rounding=True, seed=3)
+    ours.load_state_dict(torch.optim.AdamW([{"params": [p]}, {"params": [q]}]).state_dict())
+    assert [group["seed"] for group in ours.param_groups] == [7, 3]
+    other = FusedAdamW([{"params": [p]}, {"params": [q]}], stochastic_rounding=True, seed=4)
+    other.load_state_dict(ours.state_dict())
+    assert [group["seed"] for group in other.param_groups] == [7, 3]
+
+
 def test_graph_of_what_is_shown(device: torch.device) -> None:
     params = make(device, BF16, [(5, 64), (7,)])
     groups = [{"params": params[:1], "state_dtype": "int8", "master_weights": True}]
