@@ -146,8 +146,17 @@ def local_grads(params: Sequence[Tensor]) -> LocalGrads | None:
             if grad.placements != p.placements:
                 grad = grad.redistribute(placements=p.placements)
                 result.moved[place] = grad
-        result.grads.append(None if grad is None else _waited(local(grad)))
+        result.grads.append(None if grad is None else local_now(grad))
     return result
+
+
+def replicated(x: Tensor, param: DTensor) -> DTensor:
+    """A tensor that is the same on all ranks as a DTensor on the param's mesh."""
+    from torch.distributed.tensor import Replicate
+
+    everywhere = [Replicate()] * param.device_mesh.ndim
+    made: DTensor = type(param).from_local(x, param.device_mesh, everywhere, run_check=False)
+    return made
 
 
 def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
@@ -155,15 +164,14 @@ def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
     if not is_sharded(param) or (not is_sharded(x) and x.shape != param.shape):
         return local(x)  # what does not fit is refused by its shape
     if not is_sharded(x):
-        from torch.distributed.tensor import Replicate
-
-        everywhere = [Replicate()] * param.device_mesh.ndim
-        x = type(param).from_local(x, param.device_mesh, everywhere, run_check=False)
+        x = replicated(x, param)
     if is_sharded(x) and x.placements != param.placements:
         x = x.redistribute(param.device_mesh, param.placements)
-    return _waited(local(x))
+    return local_now(x)
 
 
-def _waited(x: Tensor) -> Tensor:
+def local_now(x: Tensor) -> Tensor:
+    """What lies on this rank, when a collective that makes it has ended."""
+    x = local(x)
     wait = getattr(x, "wait", None)  # an AsyncCollectiveTensor: the stream waits, not the host
     return x if wait is None else wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -13,7 +14,15 @@ from torch import Tensor
 from . import storage as storing
 from .checks import MOMENTS, STORED, check_state, param_name
 from .layouts import FLOATS, dense_copy, is_dense
-from .shards import as_param, is_sharded, local, local_of_loaded, local_state
+from .shards import (
+    as_param,
+    is_sharded,
+    local,
+    local_now,
+    local_of_loaded,
+    local_state,
+    replicated,
+)
 
 if TYPE_CHECKING:
     from .plan import Entry, Groups, State
@@ -153,12 +162,22 @@ def own_state(
 def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A copied or loaded state as it lies on this rank; what was loaded in its device and dtype."""
     found: dict[str, Any] = {k: x.tensor for k, x in state.items() if isinstance(x, Loaded)}
-    if is_sharded(param):  # a whole one is decoded before it is cut
+    if is_sharded(param):  # what is cut in another way than codes can be is decoded before
         for name in MOMENTS:
-            code = found.get(f"{name}_q")
-            if code is not None and not is_sharded(code):
+            code, scale = found.get(f"{name}_q"), found.get(f"{name}_scale")
+            if code is None or scale is None:
+                continue
+            if storage.moments.get(name) == torch.uint8:
+                shape = storing.scale_shape(param)
+                if not is_sharded(scale) and scale.numel() == math.prod(shape):
+                    found[f"{name}_scale"] = replicated(scale.reshape(shape), param)
+                continue
+            if is_sharded(code):
+                here = {f"{name}_q": local_now(code), f"{name}_scale": local_now(scale)}
+                found[name] = as_param(storing.decoded(name, here), code)
+            else:
                 found[name] = storing.decoded(name, found)
-                del found[f"{name}_q"], found[f"{name}_scale"]
+            del found[f"{name}_q"], found[f"{name}_scale"]
     for key in STORED:  # in one order on all ranks: laying out anew is a collective
         if key not in found:
             continue
@@ -166,7 +185,11 @@ def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -
         if key in MOMENTS and storage.moments.get(key) is None and not param.is_complex():
             x = x.to(param.dtype)
         found[key] = x
-    rest = {k: local(x) if isinstance(x, Tensor) else x for k, x in state.items() if k not in found}
+    rest = {
+        k: local(x) if isinstance(x, Tensor) else x
+        for k, x in state.items()
+        if not isinstance(x, Loaded)
+    }
     return rest | found
 
 

@@ -109,6 +109,46 @@ def same_keys_in_every_sharding() -> None:
     assert optimizer.state[p]["exp_avg"].dtype == torch.float32
 
 
+def loaded_in_another_sharding() -> None:
+    """Codes move as they are, or are decoded first where the new sharding would cut blocks."""
+    line = init_device_mesh("cpu", (4,))
+    other = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    for shape, before, after in (
+        ((5, 64), (line, Shard(0)), (line, Shard(1))),
+        ((5, 64), (line, Replicate()), (line, Shard(1))),
+        ((5, 128), (line, Shard(0)), (line, Shard(1))),
+        ((5, 256), (line, Shard(0)), (line, Shard(1))),
+        ((5, 256), (line, Shard(1)), (line, Shard(0))),
+        ((5, 256), (line, Shard(1)), (line, Replicate())),
+        ((5, 64), (other, Shard(0)), (other, Shard(1))),
+    ):
+        torch.manual_seed(2)
+        value = torch.randn(shape)
+        p = nn.Parameter(distribute_tensor(value, before[0], [before[1]]))
+        q = nn.Parameter(distribute_tensor(value, after[0], [after[1]]))
+        saver, loader = (FusedAdamW([x], state_dtype="int8", amsgrad=True) for x in (p, q))
+        p.grad = distribute_tensor(value, before[0], [before[1]])
+        saver.step()
+        loader.load_state_dict(saver.state_dict())
+        old, new = (
+            {key: whole(x) for key, x in optimizer.state[x].items()}
+            for optimizer, x in ((saver, p), (loader, q))
+        )
+        assert ("exp_avg_q" in new) == (shape == (5, 256)), (shape, before, after)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            x, y = storage.decoded(name, old), storage.decoded(name, new)
+            assert isinstance(x, Tensor)
+            assert isinstance(y, Tensor)
+            assert torch.equal(x, y), (shape, name)
+        gathered = saver.state_dict()
+        gathered["state"][0] = old
+        loader.load_state_dict(gathered)
+        for key, x in loader.state[q].items():
+            assert same_bits(whole(x), new[key]), (shape, key)
+        q.grad = distribute_tensor(value, after[0], [after[1]])
+        loader.step()
+
+
 def refused_before_anything_changes(backend: str) -> None:
     """A DTensor whose elements' places cannot be told, behind a param that can be updated."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

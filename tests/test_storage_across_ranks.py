@@ -36,10 +36,11 @@ def test_sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backe
     on_ranks(4, ranks_storage.sharded_as_whole, options, shape, backend)
 
 
-def test_keys_and_bits_of_sharded_rows() -> None:
+def test_shardings_of_rows() -> None:
     scenarios = (
         ranks_storage.same_keys_in_every_sharding,
         ranks_storage.fsdp2_over_tensor_parallelism,
+        ranks_storage.loaded_in_another_sharding,
     )
     on_ranks(4, in_turn, [(x,) for x in scenarios])
 
