@@ -127,6 +127,11 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         )
 
 
+def is_started(state: Mapping[str, Any]) -> bool:
+    """Whether there is more than the master of a param that has not been updated yet."""
+    return not state.keys() <= {"master_remainder", "master_param"}
+
+
 def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
     """Raise TypeError or RuntimeError for a state that is not one of AdamW for this param.
 
@@ -134,13 +139,14 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
     not asked here.
     """
     missing = []
-    for key in MOMENTS:
+    for key in MOMENTS if is_started(state) else ():
         codes = [k for k in (f"{key}_q", f"{key}_scale") if k in state]
         optional = key == "max_exp_avg_sq" and not codes  # amsgrad, now or before
         if key not in state and len(codes) < 2 and not optional:
             missing.append(key)
-    if missing or "step" not in state:
-        missing += ["step"] * ("step" not in state)
+    if is_started(state) and "step" not in state:
+        missing.append("step")
+    if missing:
         raise RuntimeError(
             f"The state of {name} has {sorted(state)} but not {missing}. Load a whole checkpoint "
             "of an AdamW optimizer, or delete optimizer.state[param] to start it anew."
@@ -179,7 +185,7 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
                 f"{-(-param.numel() // QUANT_BLOCK)} blocks of {QUANT_BLOCK}. Load the checkpoint "
                 "again, as a whole."
             )
-    step = state["step"]
+    step = state.get("step", 0)
     if isinstance(step, Tensor) and (step.numel() != 1 or step.device.type == "meta"):
         raise RuntimeError(
             f"step of {name} is on {step.device} with shape {tuple(step.shape)}; it is the number "

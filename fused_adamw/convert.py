@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import storage as storing
-from .formats import encode_remainder
-from .layouts import is_dense
-from .optimizer import FusedAdamW, step_dtype
+from .formats import decode_remainder, encode_remainder
+from .layouts import dense_copy, is_dense
+from .optimizer import FusedAdamW
 from .shards import is_sharded
-from .state import pack_steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,9 +23,10 @@ def convert_to_bf16_(model: Model, optimizer: FusedAdamW) -> Model:
 
     What rounding takes off the float32 params of groups with ``master_weights=True`` becomes their
     remainder in the optimizer's state, so that training goes on from the float32 weights, exactly.
-    Moments and steps stay as they are; there is no extra memory beyond the remainders, 2 bytes a
-    parameter. Params stay the same objects; buffers, and params that the optimizer does not have,
-    are rounded.
+    Moments and steps stay as they are, float32 unless ``state_dtype`` says otherwise; a param that
+    was never updated gets none. There is no extra memory beyond the remainders, 2 bytes a
+    parameter, but float32 gradients are held to the end. Params stay the same objects; buffers,
+    and params that the optimizer does not have, are rounded.
 
     Args:
         model: its float32 params, if they are the optimizer's, get masters.
@@ -62,17 +63,54 @@ def convert_to_bf16_(model: Model, optimizer: FusedAdamW) -> Model:
                 "model before fully_shard, or keep its shards in float32 and pass fully_shard a "
                 "MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
             )
-    for p, group in masters:
-        high, remainder = encode_remainder(p.detach())
-        p.data = high
-        if p.grad is not None:
-            p.grad.data = p.grad.data.to(torch.bfloat16)
+    undo = _undo(model, {p for p, _ in masters})
+    made: list[dict[str, Tensor]] = []
+    try:
+        for p, group in masters:
+            high, remainder = encode_remainder(p.detach())
+            made.append({storing.REMAINDER: remainder.view(torch.bfloat16)})
+            p.data = high
+            made[-1] |= _moments(p, group, {**optimizer.state.get(p, {}), **made[-1]})
+        model.to(torch.bfloat16)
+    except BaseException:
+        for (p, _), new in zip(masters, made, strict=False):
+            if p.dtype == torch.bfloat16:
+                p.data = decode_remainder(p.data, new[storing.REMAINDER].view(torch.int16))
+        undo()
+        raise
+    for (p, group), new in zip(masters, made, strict=True):
         state = optimizer.state[p]
-        state[storing.REMAINDER] = remainder.view(torch.bfloat16)
-        like = p if is_dense(p) else torch.empty_like(p, memory_format=torch.preserve_format)
-        storage = storing.storage_of(group, p)
-        state.update(storing.make(storage, like, state, storing.lacking(storage, like, state)))
-        if "step" not in state:
-            (state["step"],) = pack_steps([0], step_dtype(), p.device)
-    model.to(torch.bfloat16)
+        state.update(new)
+        for key in storing.unwanted(storing.storage_of(group, p), state):
+            del state[key]
     return model
+
+
+def _moments(
+    param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Moments that are kept in another form from now on; none of a param never updated."""
+    storage, like = storing.storage_of(group, param), param
+    if not is_dense(param):
+        like = dense_copy(param)
+    keys = [key for key in storing.lacking(storage, like, state) if storing.known(key, state)]
+    return storing.make(storage, like, state, keys)
+
+
+def _undo(model: nn.Module, kept: Collection[Tensor]) -> Callable[[], None]:
+    """What brings a model back to what it is now, but for the values of params that are kept."""
+    held = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    values = [(p, p.data) for p in model.parameters() if p not in kept]
+    grads = [(p, p.grad, p.grad.data) for p in model.parameters() if p.grad is not None]
+
+    def undo() -> None:
+        for module, params, buffers in held:
+            module._parameters.update(params)
+            module._buffers.update(buffers)
+        for p, value in values:
+            p.data = value
+        for p, grad, value in grads:
+            grad.data = value
+            p.grad = grad
+
+    return undo

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import storage as storing
-from .checks import check_tensors, param_name, refuse_overlaps
+from .checks import check_tensors, is_started, param_name, refuse_overlaps
 from .kernels import table as t
 from .kernels.launch_parameters import architecture, launch_parameters
 from .layouts import (
@@ -236,7 +236,7 @@ def make_entries(
         for position, p in enumerate(group["params"]):
             place += 1
             grad, kept = grads[place], state.get(p, {})
-            if group["differentiable"] or (grad is None and not kept):
+            if group["differentiable"] or (grad is None and not is_started(kept)):
                 continue
             name = param_name(group, number, position)
             at = group["positions"][position] if "positions" in group else place

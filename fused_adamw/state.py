@@ -151,7 +151,8 @@ def own_state(
             given = _loaded(storage, state[p], p)
             check_state(name, local(p), given)
             own[p] = _own(storage, given, p)
-            steps.setdefault(local(p).device, []).append((own[p], given["step"]))
+            if "step" in given:
+                steps.setdefault(local(p).device, []).append((own[p], given["step"]))
     for device, counted in steps.items():
         values = [x for _, x in counted]
         for (s, _), step in zip(counted, pack_steps(values, step_dtype, device), strict=True):
@@ -172,11 +173,7 @@ def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -
                 if not is_sharded(scale) and scale.numel() == math.prod(shape):
                     found[f"{name}_scale"] = replicated(scale.reshape(shape), param)
                 continue
-            if is_sharded(code):
-                here = {f"{name}_q": local_now(code), f"{name}_scale": local_now(scale)}
-                found[name] = as_param(storing.decoded(name, here), code)
-            else:
-                found[name] = storing.decoded(name, found)
+            found[name] = as_param(storing.decode(name, local_now(code), local_now(scale)), code)
             del found[f"{name}_q"], found[f"{name}_scale"]
     for key in STORED:  # in one order on all ranks: laying out anew is a collective
         if key not in found:

@@ -283,8 +283,13 @@ def decoded(name: str, state: Mapping[str, Any]) -> Tensor | None:
     code, scale = state.get(f"{name}_q"), state.get(f"{name}_scale")
     if code is None or scale is None:
         return None
-    decode = formats.decode_signed if name == "exp_avg" else formats.decode_unsigned
-    return decode(code.reshape(-1), scale.reshape(-1)).view(code.shape)
+    return decode(name, code, scale)
+
+
+def decode(name: str, code: Tensor, scale: Tensor) -> Tensor:
+    """A moment in float32 from its codes and exponents; blocks are row-major."""
+    values = formats.decode_signed if name == "exp_avg" else formats.decode_unsigned
+    return values(code.reshape(-1), scale.reshape(-1)).view(code.shape)
 
 
 def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -230,6 +230,56 @@ def test_convert_resumes(device: torch.device, backend: Any) -> None:
             assert same_bits(x, resumed.state[q][key]), key
 
 
+def test_convert_gives_frozen_params_no_moments(device: torch.device, backend: Any) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(device)
+    frozen = net[0].requires_grad_(False)
+    before = [p.detach().clone() for p in frozen.parameters()]
+    optimizer = FusedAdamW(net.parameters(), master_weights=True, backend=backend)
+    net(torch.ones(2, 64, device=device)).sum().backward()
+    optimizer.step()
+    convert_to_bf16_(net, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for again in (False, True):
+        if again:
+            optimizer.load_state_dict(saved)
+        net(torch.ones(2, 64, device=device).bfloat16()).sum().backward()
+        optimizer.step()
+        for p, x in zip(frozen.parameters(), before, strict=True):
+            assert optimizer.state[p].keys() == {"master_remainder"}
+            assert torch.equal(master_of(optimizer, p), x)
+    frozen.requires_grad_(True)
+    net(torch.ones(2, 64, device=device).bfloat16()).sum().backward()
+    optimizer.step()
+    assert {s["step"].item() for s in optimizer.state.values()} == {1, 3}
+
+
+class _NotConvertible(nn.Linear):
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError("quantised layer")
+
+
+def test_convert_changes_nothing_if_it_raises() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Linear(4, 4))
+    net.append(_NotConvertible(4, 4))
+    own = [p for layer in net[1:] for p in layer.parameters()]
+    optimizer = FusedAdamW(own, master_weights=True, state_dtype=(F32, "int8"))
+    train(optimizer, range(2))
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 1 / 3)
+    objects = [*net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())]
+    with pytest.raises(NotImplementedError, match="quantised layer"):
+        convert_to_bf16_(net, optimizer)
+    again = [*net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())]
+    assert all(x is y for x, y in zip(objects, again, strict=True))
+    for (_, x), (_, y) in zip(saved[0].items(), net.state_dict().items(), strict=True):
+        assert same_bits(x, y)
+    assert all(p.grad is not None and (p.grad == 1 / 3).all() for p in net.parameters())
+    for p, state in saved[1]["state"].items():
+        assert optimizer.state[own[p]].keys() == state.keys()
+        assert all(same_bits(x, optimizer.state[own[p]][key]) for key, x in state.items())
+
+
 def test_convert_wants_masters() -> None:
     net = nn.Linear(7, 3)
     with pytest.raises(ValueError, match="master_weights=True"):
