@@ -1,9 +1,9 @@
-"""Turn a float32 model into a bfloat16 one whose optimizer knows what the rounding took away."""
+"""A float32 model becomes a bfloat16 one whose optimizer knows what rounding took off, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .optimizer import FusedAdamW
 from .shards import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
+Params: TypeAlias = Sequence[tuple[Tensor, Mapping[str, Any]]]  # with their groups
 
 
 @torch.no_grad()
@@ -56,13 +57,7 @@ def convert_to_bf16_(model: Model, optimizer: FusedAdamW) -> Model:
             "master_weights=True, so nothing would be kept. Construct the optimizer with "
             "master_weights=True from the float32 model's parameters, then convert."
         )
-    for p, _ in masters:
-        if is_sharded(p):
-            raise TypeError(
-                f"convert_to_bf16_ cannot convert a DTensor of shape {tuple(p.shape)}: convert the "
-                "model before fully_shard, or keep its shards in float32 and pass fully_shard a "
-                "MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
-            )
+    _refuse_sharded("convert_to_bf16_", masters)
     undo = _undo(model, {p for p, _ in masters})
     made: list[dict[str, Tensor]] = []
     try:
@@ -70,7 +65,8 @@ def convert_to_bf16_(model: Model, optimizer: FusedAdamW) -> Model:
             high, remainder = encode_remainder(p.detach())
             made.append({storing.REMAINDER: remainder.view(torch.bfloat16)})
             p.data = high
-            made[-1] |= _moments(p, group, {**optimizer.state.get(p, {}), **made[-1]})
+            storage = storing.storage_of(group, p)
+            made[-1] |= _moments(p, storage, {**optimizer.state.get(p, {}), **made[-1]})
         model.to(torch.bfloat16)
     except BaseException:
         for (p, _), new in zip(masters, made, strict=False):
@@ -78,21 +74,86 @@ def convert_to_bf16_(model: Model, optimizer: FusedAdamW) -> Model:
                 p.data = decode_remainder(p.data, new[storing.REMAINDER].view(torch.int16))
         undo()
         raise
-    for (p, group), new in zip(masters, made, strict=True):
-        state = optimizer.state[p]
-        state.update(new)
-        for key in storing.unwanted(storing.storage_of(group, p), state):
-            del state[key]
+    _put(optimizer, masters, made)
     return model
 
 
+@torch.no_grad()
+def convert_to_fp32_(model: Model, optimizer: FusedAdamW) -> Model:
+    """Make a model float32, as ``model.float()`` does, its params what their masters are.
+
+    The inverse of `convert_to_bf16_`: params with a master get its value, exactly, and others of
+    bfloat16 or float16 are widened. Masters are dropped, and moments become what ``state_dtype``
+    says, by default float32. Params stay the same objects. Old and new params are held together.
+
+    Args:
+        model: its bfloat16 and float16 params are made float32.
+        optimizer: of these params.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the optimizer has no such param of the model.
+        TypeError: a DTensor: convert before the model is sharded.
+
+    Nothing has been changed if it raises.
+    """
+    own = set(model.parameters())
+    low = [
+        (p, group)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in own and p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if not low:
+        raise ValueError(
+            "convert_to_fp32_ found no bfloat16 or float16 parameter of the model in the "
+            "optimizer. Pass the optimizer of this model; model.float() needs none."
+        )
+    _refuse_sharded("convert_to_fp32_", low)
+    undo = _undo(model, ())
+    made: list[dict[str, Tensor]] = []
+    try:
+        for p, group in low:
+            state = optimizer.state.get(p, {})
+            p.data = storing.master_of(p.detach(), state)
+            first, second, *rest = storing.storage_of(group, p)
+            wide = storing.Storage(first or torch.float32, second or torch.float32, *rest)
+            made.append(_moments(p, wide, state))
+        model.float()
+    except BaseException:
+        undo()
+        raise
+    _put(optimizer, low, made)
+    return model
+
+
+def _refuse_sharded(what: str, params: Params) -> None:
+    for p, _ in params:
+        if is_sharded(p):
+            raise TypeError(
+                f"{what} cannot convert a DTensor of shape {tuple(p.shape)}: convert the "
+                "model before fully_shard, or keep its shards in float32 and pass fully_shard a "
+                "MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
+            )
+
+
+def _put(optimizer: FusedAdamW, params: Params, made: Sequence[dict[str, Tensor]]) -> None:
+    """New states of converted params, in place of what they kept in another form."""
+    for (p, group), new in zip(params, made, strict=True):
+        if p in optimizer.state or new:
+            state = optimizer.state[p]
+            state.update(new)
+            for key in storing.unwanted(storing.storage_of(group, p), state):
+                del state[key]
+
+
 def _moments(
-    param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    param: Tensor, storage: storing.Storage, state: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Moments that are kept in another form from now on; none of a param never updated."""
-    storage, like = storing.storage_of(group, param), param
-    if not is_dense(param):
-        like = dense_copy(param)
+    like = param if is_dense(param) else dense_copy(param)
     keys = [key for key in storing.lacking(storage, like, state) if storing.known(key, state)]
     return storing.make(storage, like, state, keys)
 

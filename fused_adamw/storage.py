@@ -310,6 +310,15 @@ def _quantised(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tenso
     return code.view(like.shape), scale.view(scale_shape(like))
 
 
+def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """What is updated, in float32: the master, or the param itself."""
+    if REMAINDER in state:
+        return formats.decode_remainder(param, state[REMAINDER].view(torch.int16))
+    if MASTER in state:
+        return formats.decode_master(param, state[MASTER])
+    return param.float()
+
+
 def _made_master(key: str, param: Tensor, state: Mapping[str, Any]) -> Tensor:
     """A remainder or a copy: of the master that the state has if the param shows it, else of it."""
     master = param.detach().float()

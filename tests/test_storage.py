@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from truth import same_bits
 
-from fused_adamw import FusedAdamW, convert_to_bf16_, formats, storage
+from fused_adamw import FusedAdamW, convert_to_bf16_, convert_to_fp32_, formats, storage
 from fused_adamw import state as stating
 from fused_adamw.checks import STORED
 from fused_adamw.kernels import table as t
@@ -253,6 +253,49 @@ def test_convert_gives_frozen_params_no_moments(device: torch.device, backend: A
     assert {s["step"].item() for s in optimizer.state.values()} == {1, 3}
 
 
+@each("dtype", [BF16, F16], ids=str)
+@each("state_dtype", [None, "int8"], ids=str)
+def test_convert_to_float32_and_back(
+    device: torch.device, backend: Any, dtype: torch.dtype, state_dtype: Any
+) -> None:
+    """float32 weights from masters are the float32 course, and train on as if never converted."""
+    options: Any = {"lr": 0.01, "backend": backend, "state_dtype": state_dtype}
+    nets = [nn.Sequential(nn.Linear(64, 5), nn.Linear(5, 3)).to(device, dtype) for _ in range(2)]
+    nets[1].float().load_state_dict(nets[0].state_dict())
+    low, full = (FusedAdamW(net.parameters(), master_weights=True, **options) for net in nets)
+    params = list(nets[0].parameters())
+    for optimizer in (low, full):
+        train(optimizer, range(3), dtype)
+    assert convert_to_fp32_(nets[0], low) is nets[0]
+    assert all(x is y for x, y in zip(params, nets[0].parameters(), strict=True))
+    for optimizer in (low, full):
+        train(optimizer, range(3, 5), dtype)
+    for p, q in zip(params, nets[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert low.state[p].keys() == full.state[q].keys()
+        assert all(same_bits(x, full.state[q][key]) for key, x in low.state[p].items())
+    if dtype == BF16:
+        convert_to_bf16_(nets[0], low)
+        convert_to_fp32_(nets[0], low)
+        assert all(torch.equal(p, q) for p, q in zip(params, nets[1].parameters(), strict=True))
+
+
+def test_convert_to_float32_without_masters(device: torch.device) -> None:
+    net = nn.Linear(70, 3, device=device, dtype=BF16)
+    optimizer = FusedAdamW(net.parameters(), lr=0.01)
+    train(optimizer, range(2))
+    before = [p.detach().clone() for p in net.parameters()]
+    kept = [moments(optimizer, p) for p in net.parameters()]
+    convert_to_fp32_(net, optimizer)
+    for p, x, own in zip(net.parameters(), before, kept, strict=True):
+        assert torch.equal(p, x.float())
+        for a, b in zip(moments(optimizer, p), own, strict=True):
+            assert a.dtype == F32
+            assert torch.equal(a, b.float())
+    with pytest.raises(ValueError, match="found no bfloat16"):
+        convert_to_fp32_(net, optimizer)
+
+
 class _NotConvertible(nn.Linear):
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         raise NotImplementedError("quantised layer")
@@ -275,6 +318,10 @@ def test_convert_changes_nothing_if_it_raises() -> None:
     for (_, x), (_, y) in zip(saved[0].items(), net.state_dict().items(), strict=True):
         assert same_bits(x, y)
     assert all(p.grad is not None and (p.grad == 1 / 3).all() for p in net.parameters())
+    half = nn.Sequential(nn.Linear(4, 4).bfloat16(), _NotConvertible(4, 4))
+    with pytest.raises(NotImplementedError, match="quantised layer"):
+        convert_to_fp32_(half, FusedAdamW(half.parameters()))
+    assert half[0].weight.dtype == BF16
     for p, state in saved[1]["state"].items():
         assert optimizer.state[own[p]].keys() == state.keys()
         assert all(same_bits(x, optimizer.state[own[p]][key]) for key, x in state.items())
