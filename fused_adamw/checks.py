@@ -108,8 +108,9 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         )
     if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{name}.grad is a {type(grad).__name__} while the param is a plain tensor; assign a "
-            "plain tensor."
+            f"{name}.grad is a {type(grad).__name__} while the param is a plain tensor; its "
+            "gradient has to be one as well. Assign a plain tensor: a DTensor's to_local() or "
+            "full_tensor()."
         )
     if grad.device != param.device or grad.shape != param.shape:
         raise RuntimeError(
@@ -119,21 +120,33 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         )
     real = REALS.get(grad.dtype, grad.dtype)
     if grad.is_complex() != param.is_complex() or real not in FLOATS:
-        raise TypeError(f"{name} is {param.dtype} but its gradient is {grad.dtype}.")
+        kind = "complex" if param.is_complex() else "real"
+        raise TypeError(
+            f"{name} is {param.dtype} but its gradient is {grad.dtype}; it has to be a {kind} "
+            "floating-point tensor, as backward() leaves it. Cast what you assign to .grad."
+        )
+
+
+def is_started(state: Mapping[str, Any]) -> bool:
+    """Whether there is more than the master of a param that has not been updated yet."""
+    return not state.keys() <= {"master_remainder", "master_param"}
 
 
 def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
     """Raise TypeError or RuntimeError for a state that is not one of AdamW for this param.
 
-    A moment is there as itself or in 8 bits; in which form it is wanted is not asked here.
+    A moment is there as itself or in 8 bits; in which form, and whether a maximum, is wanted is
+    not asked here.
     """
-    missing = [
-        key
-        for key in ("exp_avg", "exp_avg_sq")
-        if key not in state and not state.keys() >= {f"{key}_q", f"{key}_scale"}
-    ]
-    if missing or "step" not in state:
-        missing += ["step"] * ("step" not in state)
+    missing = []
+    for key in MOMENTS if is_started(state) else ():
+        codes = [k for k in (f"{key}_q", f"{key}_scale") if k in state]
+        optional = key == "max_exp_avg_sq" and not codes  # amsgrad, now or before
+        if key not in state and len(codes) < 2 and not optional:
+            missing.append(key)
+    if is_started(state) and "step" not in state:
+        missing.append("step")
+    if missing:
         raise RuntimeError(
             f"The state of {name} has {sorted(state)} but not {missing}. Load a whole checkpoint "
             "of an AdamW optimizer, or delete optimizer.state[param] to start it anew."
@@ -160,24 +173,23 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
             )
         floating = x.is_complex() == param.is_complex() and REALS.get(x.dtype, x.dtype) in FLOATS
         if not wanted and not floating:
-            raise TypeError(f"{key} of {name} is {x.dtype} while the param is {param.dtype}.")
+            kind = "complex" if param.is_complex() else "real"
+            raise TypeError(
+                f"{key} of {name} is {x.dtype} while the param is {param.dtype}; it has to be a "
+                f"{kind} floating-point tensor. Load the checkpoint of a param of this kind, or "
+                "delete optimizer.state[param] to start it anew."
+            )
         if key.endswith("_scale") and x.numel() != -(-param.numel() // QUANT_BLOCK):
             raise RuntimeError(
                 f"{key} of {name} has {x.numel()} exponents, but its {param.numel()} elements are "
                 f"{-(-param.numel() // QUANT_BLOCK)} blocks of {QUANT_BLOCK}. Load the checkpoint "
                 "again, as a whole."
             )
-    step = state["step"]
+    step = state.get("step", 0)
     if isinstance(step, Tensor) and (step.numel() != 1 or step.device.type == "meta"):
         raise RuntimeError(
             f"step of {name} is on {step.device} with shape {tuple(step.shape)}; it is the number "
             "of updates so far: a number, or a tensor of one element."
-        )
-    maximum, squares = state.get("max_exp_avg_sq"), state.get("exp_avg_sq")
-    if maximum is not None and squares is not None and maximum.dtype != squares.dtype:
-        raise TypeError(
-            f"max_exp_avg_sq of {name} is {maximum.dtype} but exp_avg_sq is "
-            f"{squares.dtype}; they are kept in one dtype."
         )
 
 

@@ -87,6 +87,12 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+@torch.no_grad()
+def dense_copy(x: Tensor) -> Tensor:
+    """A copy without gaps, its dimensions in the same order in memory."""
+    return torch.empty_like(x, memory_format=torch.preserve_format).copy_(x)
+
+
 def memory_line(x: Tensor) -> Tensor:
     """The elements of a dense tensor in the order of memory, [numel], a view."""
     return x.as_strided((x.numel(),), (1,))

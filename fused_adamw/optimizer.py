@@ -26,7 +26,7 @@ from .launch import GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
 from .norm import Clipping, check_clipping
 from .plan import Entry, Grads, Plan, Seen, flat
-from .shards import LocalGrads, as_param, local, local_grads, local_state, place_of
+from .shards import LocalGrads, as_param, local, local_grads, local_state
 from .storage import StateDtype
 from .telemetry import Measures, Telemetry
 
@@ -78,9 +78,12 @@ class FusedAdamW(Optimizer):
             next three are; all but the seed stay as constructed when a checkpoint is loaded.
         stochastic_rounding: round bfloat16 params, unless they have masters, and bfloat16 second
             moments up or down at random, so that small updates are not lost on average.
-        state_dtype: how moments are stored: None in the param's dtype, as torch does;
+        state_dtype: how moments are stored: None in the dtype of what is updated, the param's as
+            torch does, or float32 where there is a master;
             ``torch.float32``, ``torch.bfloat16`` or ``"int8"`` (blockwise, 1.02 bytes each); a
-            pair for ``exp_avg`` and ``exp_avg_sq``.
+            pair for ``exp_avg`` and ``exp_avg_sq``. ``"int8"`` is for row-major params whose rows,
+            ``[1:]``, are whole blocks of 64, and plain vectors of 65,536 elements or more; others,
+            as norms and biases, keep float32.
         seed: of the random bits of stochastic rounding and of 8-bit second moments. They depend on
             it, the step, the param's position and the element's in the whole param alone, so
             replicas and shards agree. Loaded with a checkpoint.
@@ -202,15 +205,17 @@ class FusedAdamW(Optimizer):
         defaults = state.get("defaults") or self.defaults
         own_groups = self.__dict__.get("param_groups")  # there when a checkpoint is loaded
         for number, group in enumerate(state["param_groups"]):
-            for key, value in defaults.items():
-                group.setdefault(key, value)
             if own_groups is not None:
                 for key in (_DECOUPLED, "differentiable"):
                     group[key] = own_groups[number][key]
+                if "seed" in own_groups[number]:  # for a checkpoint that knows of none
+                    group.setdefault("seed", own_groups[number]["seed"])
                 for key in ("master_weights", "stochastic_rounding", "state_dtype"):
                     group.pop(key, None)
                     if key in own_groups[number]:
                         group[key] = own_groups[number][key]
+            for key, value in defaults.items():
+                group.setdefault(key, value)
             group["betas"] = _scalar_betas(group["betas"])
             _check_group(group)
         kept = stating.own_state(state["state"], state["param_groups"], step_dtype())
@@ -621,7 +626,7 @@ class FusedAdamW(Optimizer):
                 state,
                 e.storage,
                 known[e.group, step],
-                reference.Random(*keys, place_of(e.name, e.param)),
+                reference.Random(*keys, e.part),
                 store_grad=grad_scale is not None,
                 measures=measured,
             )

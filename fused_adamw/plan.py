@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from . import storage as storing
-from .checks import check_tensors, param_name, refuse_overlaps
+from .checks import check_tensors, is_started, param_name, refuse_overlaps
 from .kernels import table as t
 from .kernels.launch_parameters import architecture, launch_parameters
 from .layouts import (
     REALS,
     Described,
     GradLayout,
+    dense_copy,
     dtype_of,
     grad_layout,
     is_dense,
@@ -55,6 +56,7 @@ class Entry(NamedTuple):
     param: Tensor  # as the optimizer and its state know it
     local: Tensor  # what lies on this rank: the param itself, unless it is a DTensor
     storage: Storage  # of its moments and its master
+    part: Place  # where its elements lie in the whole param, if the storage asks
     grad: GradLayout  # where it has none in this step: as it was, or as it will most likely be
     dense: Tensor | None  # stand-in for a param with gaps in its memory, copied there and back
     grad_copy: Tensor | None  # the gradient in the param's layout, where its own is another
@@ -269,7 +271,7 @@ def make_entries(
         for position, p in enumerate(group["params"]):
             place += 1
             grad, kept = grads[place], state.get(p, {})
-            if group["differentiable"] or (grad is None and not kept):
+            if group["differentiable"] or (grad is None and not is_started(kept)):
                 continue
             name = param_name(group, number, position)
             at = group["positions"][position] if "positions" in group else place
@@ -287,17 +289,17 @@ def make_entries(
                     and known[place][1].numel == here.numel()
                 ):
                     layout = known[place][1]
+            part = place_of(name, p) if storage.random or storage.quantised else Place()
             mesh = meshes[place] if meshes else 0
             entries.append(
-                Entry(place, at, number, name, p, here, storage, layout, None, None, mesh)
+                Entry(place, at, number, name, p, here, storage, part, layout, None, None, mesh)
             )
     return Entries.of([_with_copies(e) for e in entries])
 
 
 def _with_copies(e: Entry) -> Entry:
-    dense = None
-    if not is_dense(e.local):
-        dense = torch.empty_like(e.local, memory_format=torch.preserve_format)
+    # with its values: a master may be made of them
+    dense = None if is_dense(e.local) else dense_copy(e.local)
     like = e.local if dense is None else dense
     if e.grad.lazy or not same_strides(like.shape, e.grad.stride, like.stride()):
         copy = torch.empty_like(like, dtype=e.grad.dtype, memory_format=torch.preserve_format)
@@ -403,7 +405,6 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         master=storage.master,
         stochastic=storage.stochastic,
     )
-    place = place_of(e.name, e.param) if signature.random else Place()
     return t.Row(
         param=param.data_ptr(),
         exp_avg=at[first],
@@ -412,7 +413,7 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         step=state["step"].data_ptr(),
         numel=param.numel() * (2 if param.is_complex() else 1),
         group=e.group,
-        signature=signature._replace(columns=place.inner != 0),
+        signature=signature._replace(columns=signature.random and e.part.inner != 0),
         step_is_double=state["step"].dtype == torch.float64,
         mesh=e.mesh,
         master=at[storage.keys[-1]] if storage.master is not None else 0,
@@ -420,7 +421,7 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         exp_avg_sq_scale=at.get("exp_avg_sq_scale", 0),
         max_exp_avg_sq_scale=at.get("max_exp_avg_sq_scale", 0),
         position=e.position,
-        first=place.first,
-        inner=place.inner,
-        inner_whole=place.inner_whole,
+        first=e.part.first,
+        inner=e.part.inner,
+        inner_whole=e.part.inner_whole,
     )

@@ -59,18 +59,16 @@ def as_param(x: Tensor, param: Tensor) -> Tensor:
     return made
 
 
-def whole_rows_of(param: DTensor, block: int) -> bool:
-    """Whether the rows of a DTensor are whole blocks of elements on each rank, one by one."""
-    here = param._local_tensor
-    if param.dim() < 2 or not here.is_contiguous() or param.shape[1:].numel() % block:
-        return False
+def row_of_shard(param: DTensor) -> int:
+    """How many elements each rank has of a row, [1:]; 0 where that differs, or they are apart."""
     parts = 1
     for dimension, placement in enumerate(param.placements):
-        if placement.is_shard(1) and param.dim() == 2:
+        cut = getattr(placement, "dim", None)  # FSDP2's shards of tensor parallel ones have it, too
+        if cut == 1:
             parts *= param.device_mesh.size(dimension)
-        elif not (placement.is_shard(0) or placement.is_replicate()):
-            return False
-    return param.shape[1] % (parts * block) == 0 if parts > 1 else True
+        elif cut != 0 and not placement.is_replicate():
+            return 0
+    return 0 if param.shape[1] % parts else param.shape[1:].numel() // parts
 
 
 class Place(NamedTuple):
@@ -98,10 +96,11 @@ def place_of(name: str, param: Tensor) -> Place:
         param.shape, param.device_mesh, param.placements
     )
     others = [d for d in range(1, param.dim()) if shape[d] != param.shape[d]]
-    if len(others) > 1 or not param._local_tensor.is_contiguous():
+    here = torch.empty_like(param._local_tensor, device="meta")  # without gaps, as it is updated
+    if len(others) > 1 or not here.is_contiguous():
         raise RuntimeError(
             f"{name} is a DTensor of {param.placements}: stochastic rounding and 8-bit moments "
-            "need to know where its elements lie in the whole tensor, and can tell for contiguous "
+            "need to know where its elements lie in the whole tensor, and can tell for row-major "
             "shards of the first dimension and at most one other. Use neither for its group."
         )
     if not others:
@@ -147,8 +146,17 @@ def local_grads(params: Sequence[Tensor]) -> LocalGrads | None:
             if grad.placements != p.placements:
                 grad = grad.redistribute(placements=p.placements)
                 result.moved[place] = grad
-        result.grads.append(None if grad is None else _waited(local(grad)))
+        result.grads.append(None if grad is None else local_now(grad))
     return result
+
+
+def replicated(x: Tensor, param: DTensor) -> DTensor:
+    """A tensor that is the same on all ranks as a DTensor on the param's mesh."""
+    from torch.distributed.tensor import Replicate
+
+    everywhere = [Replicate()] * param.device_mesh.ndim
+    made: DTensor = type(param).from_local(x, param.device_mesh, everywhere, run_check=False)
+    return made
 
 
 def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
@@ -156,15 +164,14 @@ def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
     if not is_sharded(param) or (not is_sharded(x) and x.shape != param.shape):
         return local(x)  # what does not fit is refused by its shape
     if not is_sharded(x):
-        from torch.distributed.tensor import Replicate
-
-        everywhere = [Replicate()] * param.device_mesh.ndim
-        x = type(param).from_local(x, param.device_mesh, everywhere, run_check=False)
+        x = replicated(x, param)
     if is_sharded(x) and x.placements != param.placements:
         x = x.redistribute(param.device_mesh, param.placements)
-    return _waited(local(x))
+    return local_now(x)
 
 
-def _waited(x: Tensor) -> Tensor:
+def local_now(x: Tensor) -> Tensor:
+    """What lies on this rank, when a collective that makes it has ended."""
+    x = local(x)
     wait = getattr(x, "wait", None)  # an AsyncCollectiveTensor: the stream waits, not the host
     return x if wait is None else wait()

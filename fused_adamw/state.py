@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -12,8 +13,16 @@ from torch import Tensor
 
 from . import storage as storing
 from .checks import MOMENTS, STORED, check_state, param_name
-from .layouts import FLOATS, is_dense
-from .shards import as_param, is_sharded, local, local_of_loaded, local_state
+from .layouts import FLOATS, dense_copy, is_dense
+from .shards import (
+    as_param,
+    is_sharded,
+    local,
+    local_now,
+    local_of_loaded,
+    local_state,
+    replicated,
+)
 
 if TYPE_CHECKING:
     from .plan import Entry, Groups, State
@@ -137,10 +146,13 @@ def own_state(
             name = param_name(group, number, position)
             storing.check_storage(name, local(p), group)
             storage = storing.storage_of(group, p)
+            if storing.known("max_exp_avg_sq", state[p]):  # kept though amsgrad may be off now
+                storage = storage._replace(amsgrad=True)
             given = _loaded(storage, state[p], p)
             check_state(name, local(p), given)
             own[p] = _own(storage, given, p)
-            steps.setdefault(local(p).device, []).append((own[p], given["step"]))
+            if "step" in given:
+                steps.setdefault(local(p).device, []).append((own[p], given["step"]))
     for device, counted in steps.items():
         values = [x for _, x in counted]
         for (s, _), step in zip(counted, pack_steps(values, step_dtype, device), strict=True):
@@ -151,25 +163,37 @@ def own_state(
 def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A copied or loaded state as it lies on this rank; what was loaded in its device and dtype."""
     found: dict[str, Any] = {k: x.tensor for k, x in state.items() if isinstance(x, Loaded)}
-    if is_sharded(param):  # a whole one is decoded before it is cut
+    if is_sharded(param):  # what is cut in another way than codes can be is decoded before
         for name in MOMENTS:
-            code = found.get(f"{name}_q")
-            if code is not None and not is_sharded(code):
-                found[name] = storing.decoded(name, found)
-                del found[f"{name}_q"], found[f"{name}_scale"]
-    for key in found.keys() & STORED.keys():
+            code, scale = found.get(f"{name}_q"), found.get(f"{name}_scale")
+            if code is None or scale is None:
+                continue
+            if storage.moments.get(name) == torch.uint8:
+                shape = storing.scale_shape(param)
+                if not is_sharded(scale) and scale.numel() == math.prod(shape):
+                    found[f"{name}_scale"] = replicated(scale.reshape(shape), param)
+                continue
+            found[name] = as_param(storing.decode(name, local_now(code), local_now(scale)), code)
+            del found[f"{name}_q"], found[f"{name}_scale"]
+    for key in STORED:  # in one order on all ranks: laying out anew is a collective
+        if key not in found:
+            continue
         x = local_of_loaded(found[key], param).detach().to(local(param).device)
         if key in MOMENTS and storage.moments.get(key) is None and not param.is_complex():
             x = x.to(param.dtype)
         found[key] = x
-    rest = {k: local(x) if isinstance(x, Tensor) else x for k, x in state.items() if k not in found}
+    rest = {
+        k: local(x) if isinstance(x, Tensor) else x
+        for k, x in state.items()
+        if not isinstance(x, Loaded)
+    }
     return rest | found
 
 
 def _own(storage: storing.Storage, given: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     like = local(param)
     if not is_dense(like):
-        like = torch.empty_like(like, memory_format=torch.preserve_format)
+        like = dense_copy(like)
     lacking = [k for k in storing.lacking(storage, like, given) if storing.known(k, given)]
     made = storing.make(storage, like, given, lacking)
     unwanted = storing.unwanted(storage, given)
@@ -178,7 +202,9 @@ def _own(storage: storing.Storage, given: Mapping[str, Any], param: Tensor) -> d
         if key in made or key in unwanted or key == "step":
             continue
         if key.endswith("_scale") and key in STORED:
-            made[key] = x.clone().view(storing.scale_shape(like))
+            made[key] = x.reshape(storing.scale_shape(like)).clone(
+                memory_format=torch.contiguous_format
+            )
         elif key in STORED:
             made[key] = torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x.detach())
         else:

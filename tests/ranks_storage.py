@@ -18,10 +18,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from truth import same_bits
 
-from fused_adamw import FusedAdamW
+from fused_adamw import FusedAdamW, storage
 from fused_adamw.shards import local
 
 
@@ -66,19 +71,144 @@ def sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backend: s
             assert same_bits(whole(again.state[p][key]), whole(x)), key
 
 
-def rows_that_are_no_blocks() -> None:
-    """A DTensor whose blocks the sharding would cut keeps float32 moments, and says so."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    p = nn.Parameter(distribute_tensor(torch.randn(6, 70), mesh, [Shard(0)]))
-    q = nn.Parameter(distribute_tensor(torch.randn(6, 128), mesh, [Shard(0)]))
-    optimizer = FusedAdamW([p, q], state_dtype="int8")
-    for x in (p, q):
-        x.grad = distribute_tensor(torch.ones(x.shape), mesh, [Shard(0)])
+def same_keys_in_every_sharding() -> None:
+    """What is in 8 bits is decided by the whole param; but a row is not cut within a block."""
+    line = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [
+        (line, [Shard(0)]),
+        (line, [Replicate()]),
+        (line, [Shard(1)]),
+        (grid, [Shard(0), Shard(1)]),
+        (grid, [Shard(1), Replicate()]),
+    ]
+    cut = (line, [Shard(1)])
+    for shape, quantised in (((5, 256), True), ((6, 70), False), ((3, 8, 32), True), ((9,), False)):
+        fitting = layouts if len(shape) > 1 else layouts[:2]
+        params = [nn.Parameter(distribute_tensor(torch.ones(shape), *x)) for x in fitting]
+        params.append(nn.Parameter(torch.ones(shape)))
+        if shape == (5, 256):
+            params.append(nn.Parameter(distribute_tensor(torch.ones(5, 128), *cut)))
+        optimizer = FusedAdamW(params, state_dtype="int8")
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for p in params:
+            kept = "exp_avg_q" in optimizer.state[p] and "exp_avg_sq_q" in optimizer.state[p]
+            assert kept == (quantised and p.shape != (5, 128)), (shape, p)
+    assert "exp_avg float32, exp_avg_sq float32: 3 parameters" in repr(optimizer)
+    # column-major, of 4 + 1 rows on 4 ranks: those of a single row are contiguous as well
+    rows = 2 if dist.get_rank() == 0 else 1
+    part = torch.ones(64, rows).t()
+    p = nn.Parameter(
+        DTensor.from_local(part, line, [Shard(0)], shape=torch.Size((5, 64)), stride=(1, 5))
+    )
+    optimizer = FusedAdamW([p], state_dtype=("int8", None))
+    p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.state[p]["exp_avg"].dtype == torch.float32
-    assert optimizer.state[q]["exp_avg_q"].dtype == torch.uint8
-    assert "exp_avg float32, exp_avg_sq float32: 1 parameters" in repr(optimizer)
-    assert {"exp_avg float32", "exp_avg_q uint8"} <= optimizer.memory().keys()
+
+
+def loaded_in_another_sharding() -> None:
+    """Codes move as they are, or are decoded first where the new sharding would cut blocks."""
+    line = init_device_mesh("cpu", (4,))
+    other = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    for shape, before, after in (
+        ((5, 64), (line, Shard(0)), (line, Shard(1))),
+        ((5, 64), (line, Replicate()), (line, Shard(1))),
+        ((5, 128), (line, Shard(0)), (line, Shard(1))),
+        ((5, 256), (line, Shard(0)), (line, Shard(1))),
+        ((5, 256), (line, Shard(1)), (line, Shard(0))),
+        ((5, 256), (line, Shard(1)), (line, Replicate())),
+        ((5, 64), (other, Shard(0)), (other, Shard(1))),
+    ):
+        torch.manual_seed(2)
+        value = torch.randn(shape)
+        p = nn.Parameter(distribute_tensor(value, before[0], [before[1]]))
+        q = nn.Parameter(distribute_tensor(value, after[0], [after[1]]))
+        saver, loader = (FusedAdamW([x], state_dtype="int8", amsgrad=True) for x in (p, q))
+        p.grad = distribute_tensor(value, before[0], [before[1]])
+        saver.step()
+        loader.load_state_dict(saver.state_dict())
+        old, new = (
+            {key: whole(x) for key, x in optimizer.state[x].items()}
+            for optimizer, x in ((saver, p), (loader, q))
+        )
+        assert ("exp_avg_q" in new) == (shape == (5, 256)), (shape, before, after)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            x, y = storage.decoded(name, old), storage.decoded(name, new)
+            assert isinstance(x, Tensor)
+            assert isinstance(y, Tensor)
+            assert torch.equal(x, y), (shape, name)
+        gathered = saver.state_dict()
+        gathered["state"][0] = old
+        loader.load_state_dict(gathered)
+        for key, x in loader.state[q].items():
+            assert same_bits(whole(x), new[key]), (shape, key)
+        q.grad = distribute_tensor(value, after[0], [after[1]])
+        loader.step()
+
+
+def refused_before_anything_changes(backend: str) -> None:
+    """A DTensor whose elements' places cannot be told, behind a param that can be updated."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    good = nn.Parameter(torch.ones(8).bfloat16())
+    columns = torch.ones(6, 4).bfloat16().t()
+    bad = nn.Parameter(DTensor.from_local(columns, mesh, [Shard(0)]))
+    make: Any = FusedAdamW
+    for before, after in (
+        ({}, {"stochastic_rounding": True}),
+        ({"state_dtype": torch.float32}, {"state_dtype": None, "stochastic_rounding": True}),
+    ):
+        optimizer = make([good, bad], backend=backend, **before)
+        for p in (good, bad):
+            p.grad = torch.ones_like(p)
+        if before:
+            optimizer.step()
+        optimizer.param_groups[0].update(after)
+        kept = {p: dict(state) for p, state in optimizer.state.items()}
+        values = [
+            x.clone() for p in (good, bad) for x in (local(p.detach()), *kept.get(p, {}).values())
+        ]
+        with pytest.raises(RuntimeError, match="where its elements lie"):
+            optimizer.step()
+        assert kept == optimizer.state
+        again = [x for p in (good, bad) for x in (local(p.detach()), *kept.get(p, {}).values())]
+        assert all(torch.equal(local(x), local(y)) for x, y in zip(values, again, strict=True))
+    make([good, bad], backend=backend, master_weights=True).step()  # draws no random bits
+    # a row-major part with gaps, as one that was cut out of the whole
+    gaps = torch.ones(4, 12).bfloat16()[:, :6]
+    p = nn.Parameter(
+        DTensor.from_local(gaps, mesh, [Shard(1)], shape=torch.Size((4, 24)), stride=(24, 1))
+    )
+    p.grad = torch.ones_like(p)
+    make([p], backend=backend, stochastic_rounding=True).step()
+
+
+def fsdp2_over_tensor_parallelism() -> None:
+    """Rows cut twice are 8 bits, too, and their bits those of the whole param."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    net = nn.Sequential(nn.Linear(128, 6), nn.Linear(6, 128))
+    net = parallelize_module(net, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(net, mesh=mesh["dp"])
+    p = net[0].weight
+    q = nn.Parameter(whole(p.detach()).clone())
+    ours, oracle = (FusedAdamW([x], lr=0.01, state_dtype="int8") for x in (p, q))
+    for step in range(2):
+        torch.manual_seed(step)
+        q.grad = torch.randn(6, 128)
+        p.grad = distribute_tensor(q.grad, mesh["tp"], [Shard(0)])
+        first = 2 * mesh.get_local_rank("dp")  # 3 rows on 2 ranks
+        part = local(p.grad)[first : first + len(local(p))]
+        p.grad = DTensor.from_local(
+            part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+        ours.step()
+        oracle.step()
+    assert torch.equal(whole(p.detach()), q.detach())
+    for key, x in oracle.state[q].items():
+        assert same_bits(whole(ours.state[p][key]), x), key
+    assert "exp_avg_q" in ours.state[p]
 
 
 class Net(nn.Module):
@@ -221,6 +351,7 @@ def fsdp1() -> None:
         for key, x in state.items():
             # 663 elements: the 332nd of rank 1 is padding
             assert same_bits(x.view(-1)[:331], again[key].view(-1)[:331]), key
+    storage.FLAT_VECTOR = 1  # a short one will do
     net, optimizer = build({"state_dtype": "int8"})
     backward(net, 0)
     optimizer.step()

@@ -84,7 +84,12 @@ LOOK = """
     assert importlib.util.find_spec("kernels") is None, "Hugging Face's name"
     assert importlib.resources.files(fused_adamw).joinpath("py.typed").is_file()
     assert importlib.metadata.version("fused-adamw") == fused_adamw.__version__
-    assert fused_adamw.__all__ == ["FusedAdamW", "convert_to_bf16_", "release_gradients"]
+    assert fused_adamw.__all__ == [
+        "FusedAdamW",
+        "convert_to_bf16_",
+        "convert_to_fp32_",
+        "release_gradients",
+    ]
     print("ok")
 """
 

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from truth import same_bits
 
-from fused_adamw import FusedAdamW, convert_to_bf16_, formats, storage
+from fused_adamw import FusedAdamW, convert_to_bf16_, convert_to_fp32_, formats, storage
+from fused_adamw import state as stating
+from fused_adamw.checks import STORED
 from fused_adamw.kernels import table as t
 from fused_adamw.launch import Launcher
+from fused_adamw.shards import local_of_loaded
 
 each = pytest.mark.parametrize
 F32, BF16, F16, F64, I16, U8 = (
@@ -29,6 +32,20 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     *((1,), (7,), (63,), (64,), (65,), (1023,), (1024,), (1025,), (3000,)),
     *((5, 64), (9, 128), (6, 70), (0,), (0, 64), ()),
 )
+
+
+@pytest.fixture(autouse=True)
+def _short_vectors_are_quantised(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the ragged ends of long ones, and take the interpreter a hundredth of the time."""
+    if "which_moments" not in request.node.name:
+        monkeypatch.setattr(storage, "FLAT_VECTOR", 0)
+
+
+def in_8_bits(p: Tensor) -> bool:
+    """Of SHAPES."""
+    return p.dim() > 0 and p.shape[-1] != 70
 
 
 def make(
@@ -80,7 +97,7 @@ def test_masters_follow_float32_to_the_bit(
     low, full = make(device, dtype), make(device, dtype)
     full = [Parameter(p.detach().float()) for p in full]
     options = {"lr": 0.01, "weight_decay": 0.1, "backend": backend, **options}
-    ours = FusedAdamW(low, master_weights=True, state_dtype=F32, **options)
+    ours = FusedAdamW(low, master_weights=True, **options)
     truth = FusedAdamW(full, **options)
     for step in range(6):
         train(ours, range(step, step + 1), dtype)
@@ -123,7 +140,6 @@ def test_weights_changed_from_outside_are_followed(
         model.parameters(),
         lr=1e-3,
         master_weights=True,
-        state_dtype=F32,  # float16 holds no squares of these gradients
         weight_decay=0,
         backend=backend,
     )
@@ -153,7 +169,7 @@ def test_convert_keeps_the_float32_weights(device: torch.device, backend: Any) -
             {"params": list(net[0].parameters())},
             {"params": list(net[1:].parameters()), "lr": 0.02},
         ]
-        options: Any = {"master_weights": True, "state_dtype": F32, "backend": backend}
+        options: Any = {"master_weights": True, "backend": backend}
         return net, FusedAdamW(groups, lr=0.01, **options)
 
     (a, low), (b, full) = build(), build()
@@ -190,6 +206,125 @@ def test_convert_before_the_first_step(device: torch.device, backend: Any) -> No
     for p, x in zip(net.parameters(), before, strict=True):
         assert torch.equal(master_of(optimizer, p), x)
     train(optimizer, range(1))
+
+
+def test_convert_resumes(device: torch.device, backend: Any) -> None:
+    """From the checkpoint of a converted model, whose moments are still float32."""
+
+    def build() -> tuple[nn.Module, FusedAdamW]:
+        net = nn.Linear(70, 3, device=device)
+        return net, FusedAdamW(net.parameters(), master_weights=True, backend=backend)
+
+    (a, straight), (b, resumed) = build(), build()
+    train(straight, range(2))
+    convert_to_bf16_(a, straight)
+    train(straight, range(2, 3))
+    b.bfloat16().load_state_dict(a.state_dict())
+    resumed.load_state_dict(straight.state_dict())
+    for optimizer in (straight, resumed):
+        train(optimizer, range(3, 5))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert straight.state[p]["exp_avg_sq"].dtype == resumed.state[q]["exp_avg"].dtype == F32
+        for key, x in straight.state[p].items():
+            assert same_bits(x, resumed.state[q][key]), key
+
+
+def test_convert_gives_frozen_params_no_moments(device: torch.device, backend: Any) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(device)
+    frozen = net[0].requires_grad_(False)
+    before = [p.detach().clone() for p in frozen.parameters()]
+    optimizer = FusedAdamW(net.parameters(), master_weights=True, backend=backend)
+    net(torch.ones(2, 64, device=device)).sum().backward()
+    optimizer.step()
+    convert_to_bf16_(net, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for again in (False, True):
+        if again:
+            optimizer.load_state_dict(saved)
+        net(torch.ones(2, 64, device=device).bfloat16()).sum().backward()
+        optimizer.step()
+        for p, x in zip(frozen.parameters(), before, strict=True):
+            assert optimizer.state[p].keys() == {"master_remainder"}
+            assert torch.equal(master_of(optimizer, p), x)
+    frozen.requires_grad_(True)
+    net(torch.ones(2, 64, device=device).bfloat16()).sum().backward()
+    optimizer.step()
+    assert {s["step"].item() for s in optimizer.state.values()} == {1, 3}
+
+
+@each("dtype", [BF16, F16], ids=str)
+@each("state_dtype", [None, "int8"], ids=str)
+def test_convert_to_float32_and_back(
+    device: torch.device, backend: Any, dtype: torch.dtype, state_dtype: Any
+) -> None:
+    """float32 weights from masters are the float32 course, and train on as if never converted."""
+    options: Any = {"lr": 0.01, "backend": backend, "state_dtype": state_dtype}
+    nets = [nn.Sequential(nn.Linear(64, 5), nn.Linear(5, 3)).to(device, dtype) for _ in range(2)]
+    nets[1].float().load_state_dict(nets[0].state_dict())
+    low, full = (FusedAdamW(net.parameters(), master_weights=True, **options) for net in nets)
+    params = list(nets[0].parameters())
+    for optimizer in (low, full):
+        train(optimizer, range(3), dtype)
+    assert convert_to_fp32_(nets[0], low) is nets[0]
+    assert all(x is y for x, y in zip(params, nets[0].parameters(), strict=True))
+    for optimizer in (low, full):
+        train(optimizer, range(3, 5), dtype)
+    for p, q in zip(params, nets[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert low.state[p].keys() == full.state[q].keys()
+        assert all(same_bits(x, full.state[q][key]) for key, x in low.state[p].items())
+    if dtype == BF16:
+        convert_to_bf16_(nets[0], low)
+        convert_to_fp32_(nets[0], low)
+        assert all(torch.equal(p, q) for p, q in zip(params, nets[1].parameters(), strict=True))
+
+
+def test_convert_to_float32_without_masters(device: torch.device) -> None:
+    net = nn.Linear(70, 3, device=device, dtype=BF16)
+    optimizer = FusedAdamW(net.parameters(), lr=0.01)
+    train(optimizer, range(2))
+    before = [p.detach().clone() for p in net.parameters()]
+    kept = [moments(optimizer, p) for p in net.parameters()]
+    convert_to_fp32_(net, optimizer)
+    for p, x, own in zip(net.parameters(), before, kept, strict=True):
+        assert torch.equal(p, x.float())
+        for a, b in zip(moments(optimizer, p), own, strict=True):
+            assert a.dtype == F32
+            assert torch.equal(a, b.float())
+    with pytest.raises(ValueError, match="found no bfloat16"):
+        convert_to_fp32_(net, optimizer)
+
+
+class _NotConvertible(nn.Linear):
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError("quantised layer")
+
+
+def test_convert_changes_nothing_if_it_raises() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Linear(4, 4))
+    net.append(_NotConvertible(4, 4))
+    own = [p for layer in net[1:] for p in layer.parameters()]
+    optimizer = FusedAdamW(own, master_weights=True, state_dtype=(F32, "int8"))
+    train(optimizer, range(2))
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 1 / 3)
+    objects = [*net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())]
+    with pytest.raises(NotImplementedError, match="quantised layer"):
+        convert_to_bf16_(net, optimizer)
+    again = [*net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())]
+    assert all(x is y for x, y in zip(objects, again, strict=True))
+    for (_, x), (_, y) in zip(saved[0].items(), net.state_dict().items(), strict=True):
+        assert same_bits(x, y)
+    assert all(p.grad is not None and (p.grad == 1 / 3).all() for p in net.parameters())
+    half = nn.Sequential(nn.Linear(4, 4).bfloat16(), _NotConvertible(4, 4))
+    with pytest.raises(NotImplementedError, match="quantised layer"):
+        convert_to_fp32_(half, FusedAdamW(half.parameters()))
+    assert half[0].weight.dtype == BF16
+    for p, state in saved[1]["state"].items():
+        assert optimizer.state[own[p]].keys() == state.keys()
+        assert all(same_bits(x, optimizer.state[own[p]][key]) for key, x in state.items())
 
 
 def test_convert_wants_masters() -> None:
@@ -285,7 +420,8 @@ def test_8_bit_moments_are_near_float32(
     for p, q in zip(params, others, strict=True):
         if q not in truth.state or not p.numel():
             continue
-        assert not {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"} & ours.state[p].keys()
+        plain = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"} & ours.state[p].keys()
+        assert not plain if in_8_bits(p) else len(plain) == 2 + amsgrad
         for a, b in zip(moments(ours, p), moments(truth, q), strict=True):
             largest = b.abs().max()
             assert ((a - b).abs() <= 0.08 * b.abs() + 0.02 * largest).all()
@@ -299,9 +435,76 @@ def test_moments_may_differ(device: torch.device, backend: Any, pair: Any) -> No
     train(optimizer, range(2))
     for p in params:
         for name, wanted in zip(("exp_avg", "exp_avg_sq"), pair, strict=True):
-            key = f"{name}_q" if wanted == "int8" else name
-            dtype = U8 if wanted == "int8" else (wanted or BF16)
+            key = f"{name}_q" if wanted == "int8" and in_8_bits(p) else name
+            dtype = (U8 if in_8_bits(p) else F32) if wanted == "int8" else (wanted or BF16)
             assert optimizer.state[p][key].dtype == dtype
+
+
+@each(
+    ("shape", "strides", "quantised"),
+    [
+        ((4, 64), None, True),
+        ((4, 2, 32), None, True),
+        ((0, 64), None, True),
+        ((8, 64, 3, 3), None, True),
+        ((8, 64, 1, 1), (64, 1, 64, 64), True),  # channels_last says nothing here
+        ((65536,), None, True),
+        ((70001,), None, True),
+        ((65535,), None, False),  # norms, biases
+        ((4, 70), None, False),
+        ((8, 3, 7, 7), None, False),
+        ((4, 0), None, False),
+        ((), None, False),
+        ((8, 64, 3, 3), (576, 1, 192, 64), False),  # channels_last
+        ((70, 64), (1, 70), False),
+        ((4, 64), (128, 1), False),  # gaps
+        ((70001,), (2,), False),
+    ],
+    ids=str,
+)
+def test_which_moments_are_in_8_bits(
+    shape: tuple[int, ...], strides: tuple[int, ...] | None, quantised: bool
+) -> None:
+    p = torch.empty(shape) if strides is None else torch.empty_strided(shape, strides)
+    with torch.no_grad():
+        p = Parameter(p.fill_(1))
+    optimizer = FusedAdamW([p], state_dtype="int8")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = {"exp_avg_q", "exp_avg_sq_q"} & optimizer.state[p].keys()
+    assert len(kept) == (2 if quantised else 0)
+    dtype = "uint8" if quantised else "float32"
+    assert f"exp_avg{'_q' * quantised} {dtype}" in optimizer.memory()
+    assert ("8 bits in blocks" in repr(optimizer)) == quantised
+
+
+def test_codes_do_not_depend_on_the_layout(device: torch.device) -> None:
+    """Checkpoints that keep values alone, DCP's and safetensors', load into every layout."""
+    torch.manual_seed(1)
+    value = torch.randn(8, 64, 3, 2, device=device)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    params = [Parameter(value.clone(memory_format=layout)) for layout in layouts]
+    saver = FusedAdamW(params, lr=0.01, state_dtype="int8")
+    for p in params:
+        p.grad = value.clone(memory_format=torch.preserve_format)
+    saver.step()
+    saved = saver.state_dict()
+    for state in saved["state"].values():
+        state.update({key: x.contiguous() for key, x in state.items()})
+    for swapped in (False, True):
+        own = [Parameter(p.detach().clone()) for p in (params[::-1] if swapped else params)]
+        loader = FusedAdamW(own, lr=0.01, state_dtype="int8")
+        loader.load_state_dict(saved)
+        for p, q in zip(params, own, strict=True):
+            for a, b in zip(moments(saver, p), moments(loader, q), strict=True):
+                assert ((a - b).abs() <= 0.07 * a.abs() + 0.02 * a.abs().max()).all(), swapped
+    state = saver.state[params[0]]
+    state["exp_avg_scale"] = state["exp_avg_scale"].t().contiguous().t()
+    before = moments(saver, params[0])[0]
+    params[0].grad = torch.zeros_like(params[0])
+    saver.step()
+    after = moments(saver, params[0])[0]
+    torch.testing.assert_close(after, 0.9 * before, rtol=0.07, atol=0.02 * before.max().item())
 
 
 def test_all_formats_in_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +620,24 @@ def test_load_converts(device: torch.device, source: str, target: str) -> None:
         assert loader.state[p].keys() == {"step", *storage.storage_of(group, p).keys}
 
 
+def test_states_are_laid_out_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a collective: ranks whose strings hash otherwise would swap moments in silence."""
+    p = Parameter(torch.ones(2, 64, dtype=BF16))
+    optimizer = FusedAdamW([p], amsgrad=True, master_weights=True, state_dtype="int8")
+    train(optimizer, range(1))
+    saved = optimizer.state_dict()
+    laid_out: list[str] = []
+
+    def spy(x: Tensor, param: Tensor) -> Tensor:
+        laid_out.extend(key for key, given in saved["state"][0].items() if given is x)
+        return local_of_loaded(x, param)
+
+    monkeypatch.setattr(stating, "local_of_loaded", spy)
+    optimizer.load_state_dict(saved)
+    assert len(laid_out) == 7  # by chance a set has this order once in 5040
+    assert laid_out == [key for key in STORED if key in laid_out]
+
+
 def test_torch_loads_plain_formats_and_refuses_codes(device: torch.device) -> None:
     params = make(device, F32)
     for name in ("float32", "int8"):
@@ -474,6 +695,55 @@ def test_options_may_change_between_steps(device: torch.device, backend: Any) ->
             assert state.keys() == {"step", *storage.storage_of(group, p).keys}
 
 
+@each("wanted", [F32, None, "int8"], ids=str)
+def test_a_maximum_that_amsgrad_left_behind(
+    device: torch.device, backend: Any, wanted: Any
+) -> None:
+    """It stays, in whatever format, and is converted when amsgrad wants it again."""
+    p = Parameter(torch.ones(2, 64, dtype=BF16, device=device))
+    optimizer = FusedAdamW([p], amsgrad=True, state_dtype=BF16, backend=backend)
+    group, options = optimizer.param_groups[0], {"state_dtype": wanted}
+    p.grad = torch.full_like(p, 4.0)
+    optimizer.step()
+    group.update(options, amsgrad=False)
+    if wanted is None:
+        state = optimizer.state[p]
+        state["exp_avg"], state["exp_avg_sq"] = (
+            state["exp_avg"].float(),
+            state["exp_avg_sq"].float(),
+        )
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    p.data = p.data.clone()  # all is checked again
+    optimizer.step()
+    other = FusedAdamW([p], backend=backend, state_dtype=wanted)
+    other.load_state_dict(optimizer.state_dict())
+    for own in (optimizer, other):
+        own.step()
+        own.param_groups[0]["amsgrad"] = True
+        own.step()
+        found = moments(own, p)
+        assert len(found) == 3
+        assert found[1].dtype == found[2].dtype
+        torch.testing.assert_close(
+            found[2].float(), torch.full_like(found[2], 0.016).float(), rtol=0.05, atol=0
+        )
+
+
+def test_torchs_maximum_that_amsgrad_left_behind(device: torch.device) -> None:
+    p = Parameter(torch.ones(8, device=device))
+    theirs = torch.optim.AdamW([p], amsgrad=True)
+    p.grad = torch.ones_like(p)
+    theirs.step()
+    theirs.param_groups[0]["amsgrad"] = False
+    q = Parameter(p.detach().bfloat16())
+    ours = FusedAdamW([q], state_dtype=F32)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.state[q]["max_exp_avg_sq"], theirs.state[p]["max_exp_avg_sq"])
+    q.grad = torch.ones_like(q)
+    ours.step()
+
+
 @each("layout", ["channels_last", "transposed", "slice", "unaligned"])
 @each("name", ["master+int8", "stochastic"])
 def test_layouts(device: torch.device, layout: str, name: str) -> None:
@@ -515,6 +785,46 @@ def test_layouts(device: torch.device, layout: str, name: str) -> None:
     for x, y in zip(moments(a, p), moments(other, plain), strict=True):
         torch.testing.assert_close(x, y, rtol=0.07, atol=1e-3)
     train(other, range(2, 3))
+
+
+@each("when", ["load", "step"])
+def test_masters_of_params_with_gaps(device: torch.device, when: str) -> None:
+    """Compared with the param's values: an empty stand-in's are what the allocator had there."""
+    torch.manual_seed(1)
+    low = FusedAdamW([Parameter(torch.randn(16, 8, device=device).half())], master_weights=True)
+    train(low, range(2), F16)
+    (given,) = (state["master_param"] for state in low.state.values())
+    p = Parameter(torch.empty(16, 16, dtype=BF16, device=device)[:, :8])
+    p.data.copy_(formats.encode_remainder(given)[0])
+    optimizer = FusedAdamW([p], master_weights=True, lr=0.0)
+    saved = low.state_dict()
+    saved["param_groups"][0]["lr"] = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.empty_like
+
+        def poisoned(*arguments: Any, **options: Any) -> Tensor:
+            x = real(*arguments, **options)
+            return x.fill_(7) if x.device.type != "meta" else x
+
+        patch.setattr(torch, "empty_like", poisoned)
+        optimizer.load_state_dict(saved)
+        if when == "step":
+            del optimizer.state[p]["master_remainder"]
+            optimizer.state[p]["master_param"] = given.clone()
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+    assert torch.equal(master_of(optimizer, p), given)
+
+
+def test_seeds_of_groups_outlive_a_checkpoint_without(device: torch.device) -> None:
+    p, q = make(device, BF16, [(64,), (64,)])
+    groups: list[dict[str, Any]] = [{"params": [p], "seed": 7}, {"params": [q]}]
+    ours = FusedAdamW(groups, stochastic_rounding=True, seed=3)
+    ours.load_state_dict(torch.optim.AdamW([{"params": [p]}, {"params": [q]}]).state_dict())
+    assert [group["seed"] for group in ours.param_groups] == [7, 3]
+    other = FusedAdamW([{"params": [p]}, {"params": [q]}], stochastic_rounding=True, seed=4)
+    other.load_state_dict(ours.state_dict())
+    assert [group["seed"] for group in other.param_groups] == [7, 3]
 
 
 def test_graph_of_what_is_shown(device: torch.device) -> None:
@@ -560,6 +870,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     [
         (torch.complex64, {"state_dtype": F32}, "their moments are complex"),
         (F64, {"state_dtype": "int8"}, "computed in float32"),
+        (F64, {"stochastic_rounding": True, "state_dtype": BF16}, "rounds float32 to bfloat16"),
         (F16, {"stochastic_rounding": True}, "rounds to bfloat16 alone"),
     ],
     ids=str,
@@ -577,12 +888,14 @@ def test_dtypes_that_cannot_be_stored_so(
     assert torch.equal(good, torch.ones_like(good))
 
 
-def test_float64_and_float32_params_beside(device: torch.device, backend: Any) -> None:
-    """Options that mean nothing for a dtype leave it alone."""
+@each("dtypes", [None, F32, (BF16, F32)], ids=str)
+def test_float64_and_float32_params_beside(device: torch.device, backend: Any, dtypes: Any) -> None:
+    """Options that mean nothing for a dtype leave it alone: float64 is computed in float64."""
     params = [Parameter(torch.ones(9, dtype=d, device=device)) for d in (F64, F32)]
     plain = [Parameter(p.detach().clone()) for p in params]
-    ours = FusedAdamW(params, master_weights=True, stochastic_rounding=True, backend=backend)
-    truth = FusedAdamW(plain, backend=backend)
+    stored: Any = {"state_dtype": dtypes, "backend": backend}
+    ours = FusedAdamW(params, master_weights=True, stochastic_rounding=True, **stored)
+    truth = FusedAdamW(plain, **stored)
     for step in range(2):
         train(ours, range(step, step + 1))
         train(truth, range(step, step + 1))
@@ -615,9 +928,20 @@ def test_a_damaged_state_is_refused(device: torch.device, backend: Any) -> None:
         broken["state"][0][key] = bad
         with pytest.raises(error, match=message):
             optimizer.load_state_dict(broken)
-    del saved["state"][0]["exp_avg_scale"]
-    with pytest.raises(RuntimeError, match="but not"):
+    saved["state"][0]["max_exp_avg_sq_q"] = saved["state"][0]["exp_avg_sq_q"]
+    with pytest.raises(RuntimeError, match=r"but not \['max_exp_avg_sq'\]"):
         optimizer.load_state_dict(saved)
+    del saved["state"][0]["max_exp_avg_sq_q"], saved["state"][0]["exp_avg_scale"]
+    with pytest.raises(RuntimeError, match=r"but not \['exp_avg'\]"):
+        optimizer.load_state_dict(saved)
+    p.data = p.data.clone()  # all is checked again
+    for key, bad, message in (
+        ("exp_avg", torch.zeros(200, dtype=torch.int32), "has to be a real floating-point tensor"),
+        ("exp_avg", torch.zeros(200, dtype=torch.complex64), "start it anew"),
+    ):
+        state[key] = bad.to(device)
+        with pytest.raises(TypeError, match=message):
+            optimizer.step()
 
 
 def test_remainders_are_bits(device: torch.device, backend: Any) -> None:

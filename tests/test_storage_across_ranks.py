@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(
     reason="torch was built without torch.distributed or gloo",
 )
 each = pytest.mark.parametrize
+# the backends of CPU tensors besides the reference
+INTERPRETED = () if torch.cuda.is_available() else ("triton",)
 
 
 @each(
@@ -24,6 +26,7 @@ each = pytest.mark.parametrize
         ({"stochastic_rounding": True}, (7, 6, 3), "triton"),
         ({"state_dtype": "int8", "master_weights": True}, (5, 256), "reference"),
         ({"state_dtype": "int8", "amsgrad": True}, (6, 256), "triton"),
+        ({"state_dtype": "int8"}, (5, 8, 32), "reference"),
     ],
     ids=str,
 )
@@ -33,8 +36,18 @@ def test_sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backe
     on_ranks(4, ranks_storage.sharded_as_whole, options, shape, backend)
 
 
-def test_rows_that_are_no_blocks() -> None:
-    on_ranks(2, ranks_storage.rows_that_are_no_blocks)
+def test_shardings_of_rows() -> None:
+    scenarios = (
+        ranks_storage.same_keys_in_every_sharding,
+        ranks_storage.fsdp2_over_tensor_parallelism,
+        ranks_storage.loaded_in_another_sharding,
+    )
+    on_ranks(4, in_turn, [(x,) for x in scenarios])
+
+
+def test_places_that_cannot_be_told() -> None:
+    refused = ranks_storage.refused_before_anything_changes
+    on_ranks(4, in_turn, [(refused, backend) for backend in ("reference", *INTERPRETED)])
 
 
 @each(
