@@ -179,6 +179,8 @@ class FusedAdamW(Optimizer):
         self._telemetry: Telemetry | None = None
         # by device; a load goes on counting
         self._metrics: dict[torch.device, Tensor] = self.__dict__.get("_metrics", {})
+        if self._release is not None:
+            self._release.forget_norm()
         self._say_who_unscales()
 
     def _say_who_unscales(self) -> None:
