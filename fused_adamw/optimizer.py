@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -312,7 +312,7 @@ class FusedAdamW(Optimizer):
             self._make_metrics(plan.by_device)
         measures: Mapping[torch.device, Measures] = {}
         if self.group_metrics:
-            self._telemetry = measuring.follow(self._telemetry, plan, len(self.param_groups))
+            self._telemetry = measuring.follow(self._telemetry, plan)
             measures = self._telemetry.measures
         tables = {
             device: self._launchers[device].prepare(
@@ -469,9 +469,11 @@ class FusedAdamW(Optimizer):
                     own.append(reference.sum_squares(g for g in here if g is not None))
         return parts
 
-    def _make_metrics(self, devices: Iterable[torch.device]) -> None:
+    def _make_metrics(self, devices: Collection[torch.device]) -> None:
+        """Metrics for these devices; where params have moved, the count of skips goes along."""
+        before = dict(self._metrics)
         for device in devices:
-            if device not in self._metrics:
+            if device not in before:
                 if is_capturing(device):
                     raise RuntimeError(
                         "FusedAdamW.step() with max_grad_norm or skip_nonfinite cannot be captured "
@@ -479,17 +481,23 @@ class FusedAdamW(Optimizer):
                         "same options outside the capture."
                     )
                 self._metrics[device] = torch.zeros(t.METRICS, dtype=torch.float64, device=device)
+                for kept in list(before.values())[:1]:  # all devices have the same
+                    self._metrics[device].copy_(kept, non_blocking=device.type != "cpu")
+        if devices:
+            for device in before.keys() - set(devices):
+                del self._metrics[device]
 
     def metrics(self) -> dict[str, Tensor]:
         """What the last steps with ``max_grad_norm``, ``skip_nonfinite``, ``group_metrics`` found.
 
-        Returns 0-dim float64 tensors on the params' device, copies: ``grad_norm``, before clipping
-        and unscaled; ``clip_factor``, by which gradients were multiplied; ``skipped_steps``, all
-        since construction, for overflows that GradScaler found, too. Nothing waits for the device
-        but who reads them. Zeros before the first such step, and on a rank with nothing to update.
+        Returns 0-dim float64 tensors on the device of the params that the last such step updated,
+        copies: ``grad_norm``, before clipping and unscaled; ``clip_factor``, by which gradients
+        were multiplied; ``skipped_steps``, all since construction, for overflows that GradScaler
+        found, too. Nothing waits for the device but who reads them. Zeros before the first such
+        step, and on a rank with nothing to update.
 
-        With ``group_metrics`` also float64 ``[n_groups]``, of the params that had a gradient in the
-        last step that was not skipped:
+        With ``group_metrics`` also float64 ``[n_groups]``, for each of ``param_groups`` as they are
+        now, of its params that had a gradient in the last step that was not skipped:
 
         * ``update_rms``: root mean square of what was to be added to the params, decay included;
         * ``param_rms``: that of the params, after the step;
@@ -515,8 +523,9 @@ class FusedAdamW(Optimizer):
         if self.group_metrics:
             params = flat(self.param_groups)
             device = local(params[0]).device if params else torch.device("cpu")
-            n_groups, given = len(self.param_groups), self.grad_norm_group
-            found |= measuring.read(self._telemetry, n_groups, device, given)
+            found |= measuring.read(
+                self._telemetry, self.param_groups, device, self.grad_norm_group
+            )
         return found
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -402,6 +402,10 @@ class _Part(FusedAdamW):
         with torch.no_grad():
             self._update()
         return self._own
+
+    def _make_metrics(self, devices: Collection[torch.device]) -> None:
+        """One dict for all parts: other devices' stay."""
+        super()._make_metrics([*self._metrics, *devices])
 
     def _sums(
         self, plan: Plan, own: dict[norming.Ranks, list[Tensor]], found_inf: Tensor | None

@@ -399,6 +399,28 @@ def test_groups_that_come_later(device: torch.device, backend: Any) -> None:
     expected.check(adamw.metrics())
 
 
+def test_groups_that_go(device: torch.device, backend: Any) -> None:
+    """A group has the number that it has in param_groups, also before the next step."""
+    params = make_params(device, [F32])
+    kept, gone, other = params[:2], params[2:4], params[4:]
+    groups = [{"params": x} for x in (kept, gone, other)]
+    adamw = FusedAdamW(groups, group_metrics=True, backend=backend)
+    set_grads(1, params)
+    adamw.step()
+    before = adamw.metrics()
+    assert len({*before["param_rms"].tolist()}) == 3
+    del adamw.param_groups[1]
+    for name in NAMES:
+        assert torch.equal(adamw.metrics()[name], before[name][[0, 2]])
+    adamw.param_groups.reverse()
+    for name in NAMES:
+        assert torch.equal(adamw.metrics()[name], before[name][[2, 0]])
+    set_grads(2, params)
+    expected = Expected(adamw)
+    adamw.step()
+    expected.check(adamw.metrics())
+
+
 def test_copies_keep_the_option_and_checkpoints_leave_it_out(
     device: torch.device, backend: Any
 ) -> None:
