@@ -65,11 +65,13 @@ class FusedAdamW(Optimizer):
         decoupled_weight_decay: False adds the decay to the gradient, as :class:`torch.optim.Adam`
             does. It belongs to the group as constructed: loading a checkpoint keeps it.
         backend: ``"auto"`` runs Triton on CUDA, ROCm and XPU tensors and the reference on others;
-            ``"triton"`` and ``"reference"`` force one. No part of the ``state_dict``.
+            ``"triton"`` and ``"reference"`` force one. Like the options from `max_grad_norm` on,
+            but for those of groups, it is an attribute, too, which the next step follows, and no
+            part of the ``state_dict``.
         max_grad_norm: clip the gradients, of all groups and devices together, to this L2 norm, as
             :func:`torch.nn.utils.clip_grad_norm_` does, but in the update: they stay as they are.
             With ``GradScaler`` it is the norm of the unscaled gradients. DTensors count over
-            their mesh. An attribute, too, as the next one is; no part of the ``state_dict``.
+            their mesh.
         skip_nonfinite: leave params, moments and steps as they are, on all devices and ranks, in a
             step whose gradients hold NaN or infinity; :meth:`metrics` counts such steps.
         master_weights: keep what rounding to bfloat16 takes off a param, in 16 bits of its state,
@@ -87,10 +89,10 @@ class FusedAdamW(Optimizer):
         grad_norm_group: process group whose ranks hold parts that tensors do not tell of: plain
             ones (FSDP1's flat params, ZeRO-1), or a pipeline's stages, also of DTensors. Without
             one each rank would clip by the norm of its own part. All its ranks have to step, even
-            one that holds nothing. An attribute, too.
+            one that holds nothing.
         group_metrics: have each step measure its updates for :meth:`metrics`, in the same launches:
-            16 bytes of memory for each 1,024 elements, written once a step. An attribute, too: in
-            steps without it nothing is measured or written. No part of the ``state_dict``.
+            16 bytes of memory for each 1,024 elements, written once a step. In steps without it
+            nothing is measured or written.
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -128,8 +130,6 @@ class FusedAdamW(Optimizer):
         grad_norm_group: Any = None,
         group_metrics: bool = False,
     ) -> None:
-        if backend not in ("auto", "triton", "reference"):
-            raise ValueError(f"Invalid backend: {backend!r} (want 'auto', 'triton' or 'reference')")
         if fused and differentiable:
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
@@ -158,6 +158,7 @@ class FusedAdamW(Optimizer):
         _check_group(defaults, min_lr=0.0)
         defaults["betas"] = _scalar_betas(betas)
         check_clipping(max_grad_norm, skip_nonfinite)
+        _check_backend(backend)
         self.backend: Backend = backend
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self.grad_norm_group = grad_norm_group
@@ -386,7 +387,8 @@ class FusedAdamW(Optimizer):
         groups, plan = self.param_groups, self._plan
         norm_over = with_norm, self.grad_norm_group
         grads_here = None if here is None else here.grads
-        if plan is not None and plan.norm_over == norm_over:
+        _check_backend(self.backend)
+        if plan is not None and plan.norm_over == norm_over and self._has_tables(plan):
             followed = planning.follow(plan, groups, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
@@ -409,6 +411,10 @@ class FusedAdamW(Optimizer):
             groups, grads, entries, self.state, on_kernel, grads_here, meshes, norm_over
         )
         return self._plan, seen
+
+    def _has_tables(self, plan: Plan) -> bool:
+        """Whether the plan is for the backend that is wanted now."""
+        return {x for x in plan.by_device if self._has_kernel(x)} == plan.tables.keys()
 
     def _has_kernel(self, device: torch.device) -> bool:
         if self.backend == "auto":
@@ -674,6 +680,11 @@ class FusedAdamW(Optimizer):
 def _check_group(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
     check_hypers(group, min_lr)
     storing.check_options(group)
+
+
+def _check_backend(backend: object) -> None:
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"Invalid backend: {backend!r} (want 'auto', 'triton' or 'reference')")
 
 
 def _scalar_betas(betas: Sequence[float | Tensor]) -> tuple[float | Tensor, ...]:

@@ -29,7 +29,7 @@ NAMES = ("update_rms", "param_rms", "lost_updates")
 class Measures(NamedTuple):
     """What the steps of one device write."""
 
-    rows: Tensor  # [n_rows, MEASURES], float32 from a kernel, float64 from the reference
+    rows: Tensor  # [n_rows, MEASURES]
     counted: Tensor  # float64 [n_tensors]: elements updated by the last step that was carried out
 
 
@@ -42,6 +42,7 @@ class Layout(NamedTuple):
     meshes: list[int]
     n_rows: int
     rows_per_chunk: int
+    dtype: torch.dtype  # float32 from a kernel, float64 from the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +77,8 @@ def follow(before: Telemetry | None, plan: Plan) -> Telemetry:
                 "FusedAdamW.step() with group_metrics cannot be captured in a CUDA graph yet: its "
                 "measures have no memory. Run one step() with group_metrics outside the capture."
             )
-        dtype = torch.float32 if device in plan.tables else torch.float64
         measures[device] = Measures(  # zeros: programs past a tensor's end write nothing
-            torch.zeros(layout.n_rows, t.MEASURES, dtype=dtype, device=device),
+            torch.zeros(layout.n_rows, t.MEASURES, dtype=layout.dtype, device=device),
             torch.zeros(len(layout.numels), dtype=torch.float64, device=device),
         )
     return Telemetry(plan.params, plan.meshes, layouts, measures)
@@ -88,10 +88,13 @@ def _layout(entries: Sequence[Entry], table: t.Table | None) -> Layout:
     numels = [e.local.numel() * (2 if e.local.is_complex() else 1) for e in entries]
     places, meshes = [e.place for e in entries], [e.mesh for e in entries]
     if table is None:
-        return Layout(list(range(len(entries))), numels, places, meshes, len(entries), 1)
+        return Layout(
+            list(range(len(entries))), numels, places, meshes, len(entries), 1, torch.float64
+        )
     tensors = table.chunks & 0xFFFFFFFF
     first = np.searchsorted(tensors, np.arange(len(entries))).tolist()
-    return Layout(first, numels, places, meshes, table.n_programs, table.blocks_per_chunk)
+    per_chunk = table.blocks_per_chunk
+    return Layout(first, numels, places, meshes, table.n_programs, per_chunk, torch.float32)
 
 
 def read(

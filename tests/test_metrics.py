@@ -466,6 +466,27 @@ def test_on_in_some_steps_only(device: torch.device, backend: Any) -> None:
     assert all(map(torch.equal, params, twin))
 
 
+def test_backends_in_turn(device: torch.device) -> None:
+    """The next step follows the attribute; the one has float32 rows, the other float64 ones."""
+    params = make_params(device, [F32])
+    adamw = FusedAdamW(params, group_metrics=True, backend="reference")
+    seen = []
+    for step, backend in enumerate(["reference", "triton", "reference"]):
+        adamw.backend = backend  # type: ignore[assignment]
+        set_grads(step, params)
+        expected = Expected(adamw)
+        adamw.step()
+        expected.check(adamw.metrics())
+        assert adamw._plan is not None
+        seen.append(list(adamw._plan.tables))
+    assert seen == [[], [device], []]
+    before = copy.deepcopy(params)
+    adamw.backend = "cuda"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="Invalid backend: 'cuda'"):
+        adamw.step()
+    assert all(map(torch.equal, params, before))
+
+
 def test_no_launch_more_and_no_memory_after_the_first_step(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
