@@ -176,8 +176,10 @@ class Launcher:
             if is_capturing(self.device):  # the graph's own memory
                 sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
             else:
-                sums = self._sums.get(mesh, torch.empty(0))
-                if len(sums) != table.n_sums:
+                kept = self._sums.get(mesh)
+                if kept is not None and len(kept) == table.n_sums:
+                    sums = kept
+                else:
                     sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
                     self._sums[mesh] = sums
             self.kernels.norm.sum_squares(table, memory.words, sums, mesh)

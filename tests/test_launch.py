@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamw import FusedAdamW, launch, optimizer
 from fused_adamw.kernels import table as t
@@ -64,6 +66,49 @@ def test_a_device_scalar_is_never_uploaded_again(device: torch.device, uploads: 
     lr.fill_(0.5)
     adamw.step()
     assert len(uploads) == 1
+
+
+class Operations(TorchDispatchMode):
+    """torch's operations on tensors: on a GPU most are launches, and the rest costs the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "profiler":  # torch's Optimizer.step marks its start and end
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_grad_norm": 1.0},
+        {"skip_nonfinite": True, "group_metrics": True},
+        {"max_grad_norm": 1.0, "state_dtype": "int8", "amsgrad": True},
+    ],
+    ids=str,
+)
+def test_a_step_is_its_launches_and_nothing_else(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Two, three with a norm; when nothing has moved, torch has nothing to do besides."""
+    adamw = FusedAdamW(model(device), backend="triton", **options)
+    adamw.step()
+    kernels, launched = launch.load_kernels(device), []
+    for module, name in (
+        (kernels.norm, "sum_squares"),
+        (kernels.schedule, "schedule"),
+        (kernels.adamw, "adamw"),
+    ):  # the interpreter runs a kernel through torch: count it, and leave it out
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: launched.append(name))
+    with Operations() as operations:
+        adamw.step()
+    assert operations.seen == []
+    with_norm = not {"max_grad_norm", "skip_nonfinite"}.isdisjoint(options)
+    assert launched == [*["sum_squares"] * with_norm, "schedule", "adamw"]
 
 
 class Recording:
