@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from . import storage as storing
 from . import telemetry as measuring
 from .checks import check_hypers, check_plain
 from .kernels import table as t
-from .launch import GroupRows, Launcher, group_rows, is_capturing
+from .launch import GroupRows, Launcher, Options, group_rows, is_capturing
 from .layouts import overlaps_itself
 from .norm import Clipping, check_clipping
 from .plan import Entry, Grads, Plan, Seen, flat
@@ -315,11 +315,17 @@ class FusedAdamW(Optimizer):
         if self.group_metrics:
             self._telemetry = measuring.follow(self._telemetry, plan)
             measures = self._telemetry.measures
+        options = Options(
+            grad_scale is not None,
+            found_inf is not None,
+            clipping.skip_nonfinite if clipping.wanted else None,
+            self.group_metrics,
+        )
         tables = {
             device: self._launchers[device].prepare(
                 table,
                 self._group_rows(device, clipping.max_norm),
-                store_grad=grad_scale is not None,
+                options,
                 rows=measures[device].rows if measures else None,
             )
             for device, table in plan.tables.items()
@@ -333,7 +339,9 @@ class FusedAdamW(Optimizer):
                     e.grad_copy.copy_(grad)
             memories = {
                 device: self._launchers[device].upload(
-                    table, (plan.copied, self._group_rows(device, clipping.max_norm))
+                    table,
+                    (plan.copied, self._group_rows(device, clipping.max_norm)),
+                    self._kept(device, plan, seen),
                 )
                 for device, table in tables.items()
             }
@@ -444,6 +452,19 @@ class FusedAdamW(Optimizer):
         if rows is None:
             rows = self._rows[device] = group_rows(self.param_groups, device, max_norm)
         return rows
+
+    def _kept(self, device: torch.device, plan: Plan, seen: Seen) -> Iterator[Tensor]:
+        """What the launches of a device use and the next steps', too, whatever stream they are on.
+
+        Only looked at where the stream or the plan is new.
+        """
+        for e in plan.copied:
+            yield from (x for x in (e.dense, e.grad_copy) if x is not None and x.device == device)
+        if device in self._rows:
+            yield from self._rows[device].alive
+        if self._telemetry is not None:
+            yield from self._telemetry.measures.get(device, ())
+        yield from (x for x in seen.states if x.device == device)
 
     def _sums(
         self, plan: Plan, own: dict[norming.Ranks, list[Tensor]], found_inf: Tensor | None

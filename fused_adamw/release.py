@@ -21,9 +21,9 @@ from torch import Tensor
 from . import norm as norming
 from .checks import param_name
 from .kernels import table as t
-from .launch import is_capturing
+from .launch import is_capturing, stream_of, used_here
 from .optimizer import _OPTIONS, FusedAdamW
-from .plan import Plan, flat
+from .plan import Entries, Plan, flat, states_of
 from .shards import is_sharded, local
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ class GradientRelease:
             for bucket in self._buckets:
                 if any(p.grad is not None for p in bucket.params):
                     self._update(bucket)
+            for bucket in self._buckets:
+                self._keep_states(bucket)
             self._last_sums = {} if self._optimizer.max_grad_norm is None else self._add_up()
             self._former, self._own_sums = [], {}
             self._filling.clear()
@@ -230,6 +232,7 @@ class GradientRelease:
             for p in bucket.params:
                 if p.grad is not None:  # it may come from the memory of yet another stream
                     local(p.grad).record_stream(stream)
+            used_here(self._last_sums.values())  # made by the last step(), and gone in the next
         if bucket.part is None:
             bucket.part = _Part(self._optimizer, [self._places[p] for p in bucket.params])
         own = bucket.part.update(self._optimizer, self._last_sums)
@@ -238,6 +241,19 @@ class GradientRelease:
         self._done.update(p for p in bucket.params if p.grad is not None)
         for p in bucket.params:
             p.grad = None
+
+    def _keep_states(self, bucket: _Bucket) -> None:
+        """States were made where the bucket was first updated, on a communication stream perhaps.
+
+        Who saves or replaces them does it on the stream of `step()`.
+        """
+        plan = None if bucket.part is None else bucket.part._plan
+        stream = stream_of(local(bucket.params[0]).device)
+        if plan is None or stream is None:
+            return
+        if bucket.kept is None or bucket.kept[0] != stream or bucket.kept[1] is not plan.entries:
+            used_here(states_of(plan.entries, self._optimizer.state))
+            bucket.kept = stream, plan.entries
 
     def _look_at_groups(self, arriving: Tensor | None = None) -> None:
         """Refuse what cannot be combined; follow groups that have changed."""
@@ -338,6 +354,7 @@ class GradientRelease:
         meshes, _ = norming.numbered([*self._former, *params], True, group)
         parts = {ranks: self._own_sums.get(ranks, []) for ranks in meshes}
         devices = list(dict.fromkeys(local(p).device for p in params))
+        used_here(x for sums in parts.values() for x in sums)
         # cloned: they may lie where the next step writes its own before it reads these
         added = norming.add_up(parts, devices, group, None)
         sums = {d: x.clone() for d, x in added.items()}
@@ -364,6 +381,7 @@ class _Bucket:
     part: _Part | None = None  # made when it is updated first
     arrived: int = 0  # gradients of this iteration
     streams: list[torch.Stream] = dataclasses.field(default_factory=list)  # where they arrived
+    kept: tuple[torch.Stream, Entries] | None = None  # whose states this stream has as its own
 
 
 class _Part(FusedAdamW):

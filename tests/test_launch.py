@@ -210,6 +210,74 @@ def test_clipping_wants_a_step_with_it_before_the_capture(
     assert [float(adamw.state[p]["step"]) for p in params] == [3, 3, 3]
 
 
+@pytest.mark.parametrize("change", ["grad_scale", "found_inf", "skip_nonfinite", "max_grad_norm"])
+def test_kernels_are_not_compiled_in_a_capture(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """A step in which everything is reserved, but for other kernels than the earlier ones had."""
+    params = model(device)
+    adamw: Any = FusedAdamW(params, backend="triton", max_grad_norm=1.0)
+    adamw.step()
+    before = [p.detach().clone() for p in params]
+    new = {
+        "grad_scale": torch.ones((), device=device),
+        "found_inf": torch.zeros((), device=device),
+        "skip_nonfinite": True,
+        "max_grad_norm": None,
+    }
+    setattr(adamw, change, new[change])
+    with Recording(monkeypatch), pytest.raises(RuntimeError, match="with the same options"):
+        adamw.step()
+    assert all(map(torch.equal, params, before))
+    adamw.step()
+    with Recording(monkeypatch):
+        adamw.step()
+    assert [float(adamw.state[p]["step"]) for p in params] == [3, 3, 3]
+
+
+def test_memory_is_kept_for_each_stream_that_uses_it(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that outlives a step is told of a second stream, once; plans and states free it later."""
+    current = ["first"]
+    seen: list[tuple[int, str]] = []
+    monkeypatch.setattr(launch, "stream_of", lambda device: current[0])
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda self, stream: seen.append((self.untyped_storage().data_ptr(), stream)),
+    )
+    params = [*model(device), torch.nn.Parameter(torch.randn(6, 8, device=device)[:, ::2])]
+    params[-1].grad = torch.randn(4, 6, device=device).t()
+    options: dict[str, Any] = {"max_grad_norm": 1.0, "group_metrics": True, "backend": "triton"}
+    adamw = FusedAdamW(params, lr=torch.tensor(1e-3, device=device), **options)
+    adamw.step()
+    seen.clear()
+    adamw.step()
+    assert seen == []
+    current[0] = "second"
+    adamw.step()
+    assert {stream for _, stream in seen} == {"second"}
+    launcher, plan = adamw._launchers[device], adamw._plan
+    assert plan is not None
+    assert adamw._telemetry is not None
+    (copied,) = plan.copied
+    wanted = [
+        *(launcher._memory or ()),
+        *launcher._sums.values(),
+        *(x for s in adamw.state.values() for x in s.values()),
+        *adamw._telemetry.measures[device],
+        *adamw._rows[device].alive,
+        copied.dense,
+        copied.grad_copy,
+    ]
+    told = {address for address, _ in seen}
+    assert all(x.untyped_storage().data_ptr() in told for x in wanted if x is not None)
+    seen.clear()
+    adamw.step()
+    assert seen == []
+
+
 def test_memory_fits_only_its_own_size(device: torch.device) -> None:
     adamw = FusedAdamW(model(device), backend="triton")
     adamw.step()

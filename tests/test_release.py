@@ -625,6 +625,30 @@ def test_first_step_after_a_load_is_not_clipped(device: torch.device, backend: A
     assert [x == 1 for x in factors] == [True, False, True, False]
 
 
+def test_states_are_kept_for_the_stream_of_step(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 calls hooks on a stream of its own; states made there are saved and freed elsewhere."""
+    if device.type != "cpu":
+        pytest.skip("played with streams that are none")
+    net, _ = make(device)
+    released = FusedAdamW(net.parameters())
+    release_gradients(released, LAYER)
+    told: list[Tensor] = []
+    monkeypatch.setattr(release, "stream_of", lambda device: "main")
+    monkeypatch.setattr(release, "used_here", told.extend)
+    train(released, net, [1])
+    states = [x for s in released.state.values() for x in s.values()]
+    assert {id(x) for x in told} == {id(x) for x in states}
+    told.clear()
+    train(released, net, [2])
+    assert not told
+    released.load_state_dict(released.state_dict())
+    train(released, net, [4])
+    states = [x for s in released.state.values() for x in s.values()]
+    assert {id(x) for x in told} == {id(x) for x in states}
+
+
 def test_a_backward_that_raises_half_way(device: torch.device, backend: Any) -> None:
     """Its iteration is ended as the error of the next one says."""
     net, _ = make(device)
