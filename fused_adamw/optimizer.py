@@ -306,7 +306,9 @@ class FusedAdamW(Optimizer):
         self._check_changed_hypers(clipping.max_norm)
         if found_inf is not None:  # what one rank has found is in the norm of all
             clipping = clipping._replace(skip_nonfinite=clipping.wanted)
-        here = local_grads(flat(self.param_groups))
+        here = local_grads(
+            flat(self.param_groups), lambda place: planning.name_at(self.param_groups, place)
+        )
         plan, seen = self._current_plan(here, clipping.wanted or self.group_metrics)
         grads = seen.grads
         if clipping.wanted:
