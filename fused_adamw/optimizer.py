@@ -85,7 +85,8 @@ class FusedAdamW(Optimizer):
             pair for ``exp_avg`` and ``exp_avg_sq``.
         seed: of the random bits of stochastic rounding and of 8-bit second moments. They depend on
             it, the step, the param's position and the element's in the whole param alone, so
-            replicas and shards agree. Loaded with a checkpoint.
+            replicas and shards agree (FSDP1's and ZeRO-1's on an equal number of ranks). Loaded
+            with a checkpoint.
         grad_norm_group: process group whose ranks hold parts that tensors do not tell of: plain
             ones (FSDP1's flat params, ZeRO-1), or a pipeline's stages, also of DTensors. Without
             one each rank would clip by the norm of its own part. All its ranks have to step, even
