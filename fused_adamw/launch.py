@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -66,6 +66,31 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def stream_of(device: torch.device) -> torch.Stream | None:
+    """The device's current stream; None on the CPU."""
+    return None if device.type == "cpu" else torch.accelerator.current_stream(device)
+
+
+def used_here(tensors: Iterable[Tensor]) -> None:
+    """Keep memory, when it is freed, from being given out while its current stream may use it.
+
+    torch gives freed memory to the next who asks on the stream that it was made on, at once.
+    """
+    for x in tensors:
+        stream = stream_of(x.device)
+        if stream is not None:
+            x.record_stream(stream)
+
+
+class Options(NamedTuple):
+    """What of a step the kernels are compiled for, besides the formats of its table."""
+
+    grad_scale: bool
+    found_inf: bool
+    skip_nonfinite: bool | None  # None: no norm is taken
+    measured: bool
+
+
 class GroupRows(NamedTuple):
     """The groups' rows of the table, and the device scalars that they point to."""
 
@@ -120,7 +145,8 @@ class Launcher:
         self._reserve: tuple[t.Memory, Tensor] | None = None
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
         self._stream: torch.Stream | None = None
-        self._compiled: set[tuple[object, ...]] = set()
+        self._prepared: tuple[object, ...] = ()  # what the next launch is compiled for
+        self._launched: set[tuple[object, ...]] = set()  # what earlier ones were
 
     @property
     def nbytes(self) -> int:
@@ -130,14 +156,16 @@ class Launcher:
         return sum(x.nbytes for x in (*kept, *self._sums.values()))
 
     def prepare(
-        self, table: t.Table, groups: GroupRows, store_grad: bool, rows: Tensor | None = None
+        self, table: t.Table, groups: GroupRows, options: Options, rows: Tensor | None = None
     ) -> t.Table:
         """The table with its groups, when all that can fail before the first launch has not.
 
         rows: of measures, as kernels/adamw.py takes them, or None.
 
         Raises:
-            RuntimeError: a stream is captured, and no step has reserved memory for this table.
+            RuntimeError: a stream is captured, and no step has reserved memory for this table, or
+                launched the kernels that the options want: compiling and loading them would break
+                the capture.
         """
         if groups.words is not self._groups and not np.array_equal(groups.words, self._groups):
             self._groups = groups.words
@@ -149,26 +177,34 @@ class Launcher:
                 "reserved for the tensors of this step. Run one step() outside the capture before "
                 "each capture, with gradients for the same parameters."
             )
+        self._prepared = table.signatures, options
+        known = self._prepared in self._launched
+        if capturing and not known:
+            raise RuntimeError(
+                "FusedAdamW.step() cannot be captured in a CUDA graph yet: no step has had these "
+                "options (GradScaler, max_grad_norm, skip_nonfinite, group_metrics), and its "
+                "kernels would be compiled inside the capture. Run one step() with the same "
+                "options outside the capture."
+            )
         with self._current_device():
             if not capturing:
                 self._reserve_memory(table)
             memory = self._memory if self._reserve is None else self._reserve[0]
             assert memory is not None
-            kind = table.signatures, store_grad, rows is not None
-            if kind not in self._compiled:
-                self.kernels.adamw.compile_for(table, memory, store_grad, rows)
-                self._compiled.add(kind)
+            if not known:
+                self.kernels.adamw.compile_for(table, memory, options.grad_scale, rows)
         return table
 
-    def upload(self, table: t.Table, alive: object) -> t.Memory:
+    def upload(self, table: t.Table, alive: object, kept: Iterable[Tensor] = ()) -> t.Memory:
         """Bring the device's copy of a prepared table up to date.
 
         `alive`: what the launches read and write besides it, kept with it where they are captured.
+        `kept`: what of that lives from step to step, until others take its place.
         """
         with self._current_device():
             if is_capturing(self.device):
                 return self._record(table, alive)
-            return self._upload(table)
+            return self._upload(table, kept)
 
     def sum_squares(self, table: t.Table, memory: t.Memory, mesh: int) -> Tensor:
         """Sums of the squares of the gradients with this number of a mesh, to be added."""
@@ -176,8 +212,10 @@ class Launcher:
             if is_capturing(self.device):  # the graph's own memory
                 sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
             else:
-                sums = self._sums.get(mesh, torch.empty(0))
-                if len(sums) != table.n_sums:
+                kept = self._sums.get(mesh)
+                if kept is not None and len(kept) == table.n_sums:
+                    sums = kept
+                else:
                     sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
                     self._sums[mesh] = sums
             self.kernels.norm.sum_squares(table, memory.words, sums, mesh)
@@ -201,13 +239,11 @@ class Launcher:
             grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
             if is_capturing(self.device):
                 self.captured.append((grad_scale, found_inf, norm, measures))
-            elif measures is not None and self.device.type != "cpu":
-                for x in measures:  # another stream may have allocated them
-                    x.record_stream(torch.accelerator.current_stream(self.device))
             rows, counted = measures or (None, None)
             given = None if norm is None else self.kernels.schedule.Norm(*norm)
             self.kernels.schedule.schedule(table, memory, grad_scale, found_inf, given, counted)
             self.kernels.adamw.adamw(table, memory, store_grad=grad_scale is not None, rows=rows)
+            self._launched.add(self._prepared)
 
     def _current_device(self) -> contextlib.AbstractContextManager[Any]:
         if self.device.type == "cpu":
@@ -226,15 +262,16 @@ class Launcher:
         """Memory for this table, and for a captured step of it."""
         if self._memory is None or not self._memory.fits(table):
             self._memory, self._uploaded = t.allocate(table, self.device), None
-            self._stream = None
         if self._reserve is None or not self._reserve[0].fits(table):
             self._reserve = t.allocate(table, self.device), self._host(table.n_words)
 
-    def _upload(self, table: t.Table) -> t.Memory:
+    def _upload(self, table: t.Table, kept: Iterable[Tensor]) -> t.Memory:
         """Eager: at most one asynchronous copy, of what has moved."""
         assert self._memory is not None
-        self._follow_stream(self._memory)
-        size = t.stale_words(table, self._uploaded)
+        stream, size = stream_of(self.device), t.stale_words(table, self._uploaded)
+        if stream != self._stream or size == table.n_words:
+            used_here((*self._memory, *self._sums.values(), *kept))
+            self._stream = stream
         if size:
             # Fresh from torch's caching host allocator, which gives it out again only when the
             # copy is done. One buffer used again would be a race: the host runs ahead.
@@ -257,13 +294,3 @@ class Launcher:
     def _host(self, size: int) -> Tensor:
         pinned = self.device.type != "cpu"
         return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
-
-    def _follow_stream(self, memory: t.Memory) -> None:
-        """Keep memory from being given out again while a second stream may still read it."""
-        if self.device.type == "cpu":
-            return
-        stream = torch.accelerator.current_stream(self.device)
-        if self._stream is not None and stream != self._stream:
-            for x in memory:
-                x.record_stream(stream)
-        self._stream = stream

@@ -123,29 +123,34 @@ def add_up(
     One collective a process group: those of the meshes in the order in which the params have them,
     then, on every rank whatever it holds, the given one's.
 
+    A sum that is not finite goes into those of all others, too. NaN in a plain gradient on one rank
+    would else skip the step there alone, and the shards of its DTensors would part.
+
     parts: for each set of ranks the sums of this one's devices. found_inf: where it is not 0, the
     sum of all ranks is infinite.
     """
     home = devices[0]
     groups = list(dict.fromkeys(group for ranks in parts for group in ranks.mesh))
     alone = not groups and given is None
+    if alone and len(devices) == 1 and [len(sums) for sums in parts.values()] == [1]:
+        return {home: next(iter(parts.values()))[0]}  # no operation: the schedule adds them up
     nothing = torch.zeros(1, dtype=torch.float64, device=home)
     if found_inf is not None and not alone:
         overflow = _to(found_inf, home).reshape(1) != 0
         nothing = torch.where(overflow, math.inf, nothing)
     totals: dict[Ranks, Tensor] = {}
     for ranks, sums in parts.items():
-        if alone and len(parts) == len(sums) == len(devices) == 1:
-            return {home: sums[0]}
         totals[ranks] = _added([*(_to(x.sum(0, keepdim=True), home) for x in sums), nothing])
     for group in groups:
         joint = [ranks for ranks in parts if group in ranks.mesh]
-        joined = torch.cat([totals[ranks] for ranks in joint])
+        others = [total for ranks, total in totals.items() if ranks not in joint]
+        joined = torch.cat([totals[ranks] for ranks in joint]) + _not_finite(others)
         torch.distributed.all_reduce(joined, group=group)
         totals.update(zip(joint, joined.chunk(len(joint)), strict=True))
     here = [total for ranks, total in totals.items() if not ranks.given]
     if given is not None:
         there = _added([nothing, *(total for ranks, total in totals.items() if ranks.given)])
+        there = there + _not_finite(here)
         torch.distributed.all_reduce(there, group=given)
         here.append(there)
     whole = _added(here or [nothing])
@@ -163,6 +168,14 @@ def device_of(given: Any) -> torch.device:
 
 def _added(sums: Sequence[Tensor]) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.cat(list(sums)).sum(0, keepdim=True)
+
+
+def _not_finite(sums: Sequence[Tensor]) -> Tensor | float:
+    """Their sum where that is NaN or infinity, else 0."""
+    if not sums:
+        return 0.0
+    whole = _added(sums)
+    return torch.where(whole.isfinite(), 0.0, whole)
 
 
 def _to(x: Tensor, device: torch.device) -> Tensor:

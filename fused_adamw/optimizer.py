@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from . import storage as storing
 from . import telemetry as measuring
 from .checks import check_hypers, check_plain
 from .kernels import table as t
-from .launch import GroupRows, Launcher, group_rows, is_capturing
+from .launch import GroupRows, Launcher, Options, group_rows, is_capturing
 from .layouts import overlaps_itself
 from .norm import Clipping, check_clipping
 from .plan import Entry, Grads, Plan, Seen, flat
@@ -65,11 +65,13 @@ class FusedAdamW(Optimizer):
         decoupled_weight_decay: False adds the decay to the gradient, as :class:`torch.optim.Adam`
             does. It belongs to the group as constructed: loading a checkpoint keeps it.
         backend: ``"auto"`` runs Triton on CUDA, ROCm and XPU tensors and the reference on others;
-            ``"triton"`` and ``"reference"`` force one. No part of the ``state_dict``.
+            ``"triton"`` and ``"reference"`` force one. Like the options from `max_grad_norm` on,
+            but for those of groups, it is an attribute, too, which the next step follows, and no
+            part of the ``state_dict``.
         max_grad_norm: clip the gradients, of all groups and devices together, to this L2 norm, as
             :func:`torch.nn.utils.clip_grad_norm_` does, but in the update: they stay as they are.
             With ``GradScaler`` it is the norm of the unscaled gradients. DTensors count over
-            their mesh. An attribute, too, as the next one is; no part of the ``state_dict``.
+            their mesh.
         skip_nonfinite: leave params, moments and steps as they are, on all devices and ranks, in a
             step whose gradients hold NaN or infinity; :meth:`metrics` counts such steps.
         master_weights: keep what rounding to bfloat16 takes off a param, in 16 bits of its state,
@@ -86,14 +88,15 @@ class FusedAdamW(Optimizer):
             as norms and biases, keep float32.
         seed: of the random bits of stochastic rounding and of 8-bit second moments. They depend on
             it, the step, the param's position and the element's in the whole param alone, so
-            replicas and shards agree. Loaded with a checkpoint.
+            replicas and shards agree (FSDP1's and ZeRO-1's on an equal number of ranks). Loaded
+            with a checkpoint.
         grad_norm_group: process group whose ranks hold parts that tensors do not tell of: plain
             ones (FSDP1's flat params, ZeRO-1), or a pipeline's stages, also of DTensors. Without
             one each rank would clip by the norm of its own part. All its ranks have to step, even
-            one that holds nothing. An attribute, too.
+            one that holds nothing.
         group_metrics: have each step measure its updates for :meth:`metrics`, in the same launches:
-            16 bytes of memory for each 1,024 elements, written once a step. An attribute, too: in
-            steps without it nothing is measured or written. No part of the ``state_dict``.
+            16 bytes of memory for each 1,024 elements, written once a step. In steps without it
+            nothing is measured or written.
 
     Raises:
         ValueError: a hyper-parameter out of its range.
@@ -131,8 +134,6 @@ class FusedAdamW(Optimizer):
         grad_norm_group: Any = None,
         group_metrics: bool = False,
     ) -> None:
-        if backend not in ("auto", "triton", "reference"):
-            raise ValueError(f"Invalid backend: {backend!r} (want 'auto', 'triton' or 'reference')")
         if fused and differentiable:
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
@@ -161,6 +162,7 @@ class FusedAdamW(Optimizer):
         _check_group(defaults, min_lr=0.0)
         defaults["betas"] = _scalar_betas(betas)
         check_clipping(max_grad_norm, skip_nonfinite)
+        _check_backend(backend)
         self.backend: Backend = backend
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
         self.grad_norm_group = grad_norm_group
@@ -182,6 +184,8 @@ class FusedAdamW(Optimizer):
         self._telemetry: Telemetry | None = None
         # by device; a load goes on counting
         self._metrics: dict[torch.device, Tensor] = self.__dict__.get("_metrics", {})
+        if self._release is not None:
+            self._release.forget_norm()
         self._say_who_unscales()
 
     def _say_who_unscales(self) -> None:
@@ -308,20 +312,28 @@ class FusedAdamW(Optimizer):
         self._check_changed_hypers(clipping.max_norm)
         if found_inf is not None:  # what one rank has found is in the norm of all
             clipping = clipping._replace(skip_nonfinite=clipping.wanted)
-        here = local_grads(flat(self.param_groups))
+        here = local_grads(
+            flat(self.param_groups), lambda place: planning.name_at(self.param_groups, place)
+        )
         plan, seen = self._current_plan(here, clipping.wanted or self.group_metrics)
         grads = seen.grads
         if clipping.wanted:
             self._make_metrics(plan.by_device)
         measures: Mapping[torch.device, Measures] = {}
         if self.group_metrics:
-            self._telemetry = measuring.follow(self._telemetry, plan, len(self.param_groups))
+            self._telemetry = measuring.follow(self._telemetry, plan)
             measures = self._telemetry.measures
+        options = Options(
+            grad_scale is not None,
+            found_inf is not None,
+            clipping.skip_nonfinite if clipping.wanted else None,
+            self.group_metrics,
+        )
         tables = {
             device: self._launchers[device].prepare(
                 table,
                 self._group_rows(device, clipping.max_norm),
-                store_grad=grad_scale is not None,
+                options,
                 rows=measures[device].rows if measures else None,
             )
             for device, table in plan.tables.items()
@@ -335,7 +347,9 @@ class FusedAdamW(Optimizer):
                     e.grad_copy.copy_(grad)
             memories = {
                 device: self._launchers[device].upload(
-                    table, (plan.copied, self._group_rows(device, clipping.max_norm))
+                    table,
+                    (plan.copied, self._group_rows(device, clipping.max_norm)),
+                    self._kept(device, plan, seen),
                 )
                 for device, table in tables.items()
             }
@@ -389,7 +403,8 @@ class FusedAdamW(Optimizer):
         groups, plan = self.param_groups, self._plan
         norm_over = with_norm, self.grad_norm_group
         grads_here = None if here is None else here.grads
-        if plan is not None and plan.norm_over == norm_over:
+        _check_backend(self.backend)
+        if plan is not None and plan.norm_over == norm_over and self._has_tables(plan):
             followed = planning.follow(plan, groups, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
@@ -412,6 +427,10 @@ class FusedAdamW(Optimizer):
             groups, grads, entries, self.state, on_kernel, grads_here, meshes, norm_over
         )
         return self._plan, seen
+
+    def _has_tables(self, plan: Plan) -> bool:
+        """Whether the plan is for the backend that is wanted now."""
+        return {x for x in plan.by_device if self._has_kernel(x)} == plan.tables.keys()
 
     def _has_kernel(self, device: torch.device) -> bool:
         if self.backend == "auto":
@@ -441,6 +460,19 @@ class FusedAdamW(Optimizer):
         if rows is None:
             rows = self._rows[device] = group_rows(self.param_groups, device, max_norm)
         return rows
+
+    def _kept(self, device: torch.device, plan: Plan, seen: Seen) -> Iterator[Tensor]:
+        """What the launches of a device use and the next steps', too, whatever stream they are on.
+
+        Only looked at where the stream or the plan is new.
+        """
+        for e in plan.copied:
+            yield from (x for x in (e.dense, e.grad_copy) if x is not None and x.device == device)
+        if device in self._rows:
+            yield from self._rows[device].alive
+        if self._telemetry is not None:
+            yield from self._telemetry.measures.get(device, ())
+        yield from (x for x in seen.states if x.device == device)
 
     def _sums(
         self, plan: Plan, own: dict[norming.Ranks, list[Tensor]], found_inf: Tensor | None
@@ -472,9 +504,11 @@ class FusedAdamW(Optimizer):
                     own.append(reference.sum_squares(g for g in here if g is not None))
         return parts
 
-    def _make_metrics(self, devices: Iterable[torch.device]) -> None:
+    def _make_metrics(self, devices: Collection[torch.device]) -> None:
+        """Metrics for these devices; where params have moved, the count of skips goes along."""
+        before = dict(self._metrics)
         for device in devices:
-            if device not in self._metrics:
+            if device not in before:
                 if is_capturing(device):
                     raise RuntimeError(
                         "FusedAdamW.step() with max_grad_norm or skip_nonfinite cannot be captured "
@@ -482,17 +516,23 @@ class FusedAdamW(Optimizer):
                         "same options outside the capture."
                     )
                 self._metrics[device] = torch.zeros(t.METRICS, dtype=torch.float64, device=device)
+                for kept in list(before.values())[:1]:  # all devices have the same
+                    self._metrics[device].copy_(kept, non_blocking=device.type != "cpu")
+        if devices:
+            for device in before.keys() - set(devices):
+                del self._metrics[device]
 
     def metrics(self) -> dict[str, Tensor]:
         """What the last steps with ``max_grad_norm``, ``skip_nonfinite``, ``group_metrics`` found.
 
-        Returns 0-dim float64 tensors on the params' device, copies: ``grad_norm``, before clipping
-        and unscaled; ``clip_factor``, by which gradients were multiplied; ``skipped_steps``, all
-        since construction, for overflows that GradScaler found, too. Nothing waits for the device
-        but who reads them. Zeros before the first such step, and on a rank with nothing to update.
+        Returns 0-dim float64 tensors on the device of the params that the last such step updated,
+        copies: ``grad_norm``, before clipping and unscaled; ``clip_factor``, by which gradients
+        were multiplied; ``skipped_steps``, all since construction, for overflows that GradScaler
+        found, too. Nothing waits for the device but who reads them. Zeros before the first such
+        step, and on a rank with nothing to update.
 
-        With ``group_metrics`` also float64 ``[n_groups]``, of the params that had a gradient in the
-        last step that was not skipped:
+        With ``group_metrics`` also float64 ``[n_groups]``, for each of ``param_groups`` as they are
+        now, of its params that had a gradient in the last step that was not skipped:
 
         * ``update_rms``: root mean square of what was to be added to the params, decay included;
         * ``param_rms``: that of the params, after the step;
@@ -518,8 +558,9 @@ class FusedAdamW(Optimizer):
         if self.group_metrics:
             params = flat(self.param_groups)
             device = local(params[0]).device if params else torch.device("cpu")
-            n_groups, given = len(self.param_groups), self.grad_norm_group
-            found |= measuring.read(self._telemetry, n_groups, device, given)
+            found |= measuring.read(
+                self._telemetry, self.param_groups, device, self.grad_norm_group
+            )
         return found
 
     @torch.no_grad()
@@ -668,6 +709,11 @@ class FusedAdamW(Optimizer):
 def _check_group(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
     check_hypers(group, min_lr)
     storing.check_options(group)
+
+
+def _check_backend(backend: object) -> None:
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"Invalid backend: {backend!r} (want 'auto', 'triton' or 'reference')")
 
 
 def _scalar_betas(betas: Sequence[float | Tensor]) -> tuple[float | Tensor, ...]:

@@ -26,7 +26,7 @@ PIECE_PER_THREAD = 262144
 class Scalars(NamedTuple):
     """What one step of one tensor needs beyond its elements (float64, computed by `schedule`)."""
 
-    grad_factor: float  # +-1/scale: maximize and unscale cost one multiplication
+    grad_factor: float  # +-clip/scale: maximize, unscale and clip cost one multiplication
     unscale: float
     one_minus_beta1: float
     one_minus_beta2: float

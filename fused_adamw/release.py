@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ from torch import Tensor
 from . import norm as norming
 from .checks import param_name
 from .kernels import table as t
-from .launch import is_capturing
+from .launch import is_capturing, stream_of, used_here
 from .optimizer import _OPTIONS, FusedAdamW
-from .plan import Plan, flat
+from .plan import Entries, Plan, flat, states_of
 from .shards import is_sharded, local
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ class GradientRelease:
         self._filling: dict[torch.device, _Bucket] = {}
         self._seen: set[Tensor] = set()  # params that got a gradient in this iteration
         self._done: set[Tensor] = set()  # and those that were updated
+        self._former: list[Tensor] = []  # params of this iteration's groups before they changed
+        self._own_sums: dict[norming.Ranks, list[Tensor]] = {}  # squares updated in this iteration
         self._last_sums: Sums = {}
         self._look_at_groups()
 
@@ -124,6 +126,10 @@ class GradientRelease:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def forget_norm(self) -> None:
+        """Clip the next step by 1: what was measured is of weights that are gone."""
+        self._own_sums, self._last_sums = {}, {}
 
     @property
     def buckets(self) -> list[list[Tensor]]:
@@ -150,7 +156,10 @@ class GradientRelease:
             for bucket in self._buckets:
                 if any(p.grad is not None for p in bucket.params):
                     self._update(bucket)
+            for bucket in self._buckets:
+                self._keep_states(bucket)
             self._last_sums = {} if self._optimizer.max_grad_norm is None else self._add_up()
+            self._former, self._own_sums = [], {}
             self._filling.clear()
             self._seen.clear()
             self._done.clear()
@@ -171,7 +180,9 @@ class GradientRelease:
                     f"{self._name(p)} got a second gradient since the last optimizer.step(), but "
                     "released gradients are used at once. Call step() after each backward(), and "
                     "remove() the release to accumulate (FSDP2 can: set_requires_gradient_sync). "
-                    "A parameter used in several checkpoints wants use_reentrant=False."
+                    "A parameter used in several checkpoints wants use_reentrant=False. After a "
+                    "backward() that raised, zero_grad() and then step() end its iteration; what "
+                    "it has updated stays so."
                 )
             self._seen.add(p)
             if is_sharded(p) and is_sharded(p.grad) and p.grad.placements != p.placements:
@@ -221,12 +232,28 @@ class GradientRelease:
             for p in bucket.params:
                 if p.grad is not None:  # it may come from the memory of yet another stream
                     local(p.grad).record_stream(stream)
+            used_here(self._last_sums.values())  # made by the last step(), and gone in the next
         if bucket.part is None:
             bucket.part = _Part(self._optimizer, [self._places[p] for p in bucket.params])
-        bucket.part.update(self._optimizer, self._last_sums)
+        own = bucket.part.update(self._optimizer, self._last_sums)
+        for ranks, sums in own.items():
+            self._own_sums.setdefault(ranks, []).extend(sums)
         self._done.update(p for p in bucket.params if p.grad is not None)
         for p in bucket.params:
             p.grad = None
+
+    def _keep_states(self, bucket: _Bucket) -> None:
+        """States were made where the bucket was first updated, on a communication stream perhaps.
+
+        Who saves or replaces them does it on the stream of `step()`.
+        """
+        plan = None if bucket.part is None else bucket.part._plan
+        stream = stream_of(local(bucket.params[0]).device)
+        if plan is None or stream is None:
+            return
+        if bucket.kept is None or bucket.kept[0] != stream or bucket.kept[1] is not plan.entries:
+            used_here(states_of(plan.entries, self._optimizer.state))
+            bucket.kept = stream, plan.entries
 
     def _look_at_groups(self, arriving: Tensor | None = None) -> None:
         """Refuse what cannot be combined; follow groups that have changed."""
@@ -235,6 +262,8 @@ class GradientRelease:
         layout = [(list(g["params"]), [p.requires_grad for p in g["params"]]) for g in groups]
         if len(layout) == len(self._layout) and all(map(_same, layout, self._layout)):
             return
+        if self._seen:
+            self._former += self._places
         self._layout = layout
         self._places = {
             p: (number, position)
@@ -321,14 +350,11 @@ class GradientRelease:
         """Of this iteration's buckets the squares that clip the next; on all ranks, as `_sums`."""
         params = flat(self._optimizer.param_groups)
         group = self._optimizer.grad_norm_group
-        meshes, _ = norming.numbered(params, True, group)
-        parts: dict[norming.Ranks, list[Tensor]] = {ranks: [] for ranks in meshes}
-        for bucket in self._buckets:
-            if bucket.part is not None:
-                for ranks, own in bucket.part.own_sums.items():
-                    parts[ranks] += own
-                bucket.part.own_sums = {}
+        # in an order that all ranks share, whichever buckets each has updated
+        meshes, _ = norming.numbered([*self._former, *params], True, group)
+        parts = {ranks: self._own_sums.get(ranks, []) for ranks in meshes}
         devices = list(dict.fromkeys(local(p).device for p in params))
+        used_here(x for sums in parts.values() for x in sums)
         # cloned: they may lie where the next step writes its own before it reads these
         added = norming.add_up(parts, devices, group, None)
         sums = {d: x.clone() for d, x in added.items()}
@@ -355,6 +381,7 @@ class _Bucket:
     part: _Part | None = None  # made when it is updated first
     arrived: int = 0  # gradients of this iteration
     streams: list[torch.Stream] = dataclasses.field(default_factory=list)  # where they arrived
+    kept: tuple[torch.Stream, Entries] | None = None  # whose states this stream has as its own
 
 
 class _Part(FusedAdamW):
@@ -373,26 +400,36 @@ class _Part(FusedAdamW):
             positions.setdefault(number, []).append(before[number] + position)
         for group, own in zip(self.param_groups, positions.values(), strict=True):
             group["positions"] = own  # the random bits of a step over all params
-        self.own_sums: dict[norming.Ranks, list[Tensor]] = {}
         self._numbers = list(groups)
+        self._own: dict[norming.Ranks, list[Tensor]] = {}
         self._last_sums: Sums = {}
 
-    def update(self, whole: FusedAdamW, last_sums: Sums) -> None:
-        """Update params that have gradients, with what the whole optimizer says now."""
+    def update(
+        self, whole: FusedAdamW, last_sums: Sums
+    ) -> Mapping[norming.Ranks, Sequence[Tensor]]:
+        """Update params that have gradients, with what the whole optimizer says now.
+
+        Returns the sums of squares of these gradients, if it was to clip.
+        """
         for key in ("state", "_metrics", *_OPTIONS):
             setattr(self, key, getattr(whole, key))
         for group, number in zip(self.param_groups, self._numbers, strict=True):
             whole_group = whole.param_groups[number].items()
             group.update((k, v) for k, v in whole_group if k not in ("params", "param_names"))
-        self._last_sums = last_sums
+        self._own, self._last_sums = {}, last_sums
         with torch.no_grad():
             self._update()
+        return self._own
+
+    def _make_metrics(self, devices: Collection[torch.device]) -> None:
+        """One dict for all parts: other devices' stay."""
+        super()._make_metrics([*self._metrics, *devices])
 
     def _sums(
         self, plan: Plan, own: dict[norming.Ranks, list[Tensor]], found_inf: Tensor | None
     ) -> dict[torch.device, Tensor]:
         """Those of the last step, and this one's kept for the next."""
-        self.own_sums = own
+        self._own = own
         return {
             device: self._last_sums[device]
             if device in self._last_sums

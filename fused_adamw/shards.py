@@ -8,7 +8,7 @@ another way than its parameter.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
@@ -119,12 +119,14 @@ class LocalGrads(NamedTuple):
     moved: dict[int, Tensor]  # DTensors that had to be laid out anew, by place
 
 
-def local_grads(params: Sequence[Tensor]) -> LocalGrads | None:
+def local_grads(params: Sequence[Tensor], name: Callable[[int], str]) -> LocalGrads | None:
     """The local gradients, laid out as their params; None where no param is a DTensor.
 
     Replicated params under sequence parallelism get gradients that are partial sums: taken as they
     lie they would be silently wrong. Laying them out is a collective, so this has to be called once
     a step, on every rank, whatever else is known of the step.
+
+    name: what messages call the param at a place.
 
     Raises:
         TypeError: a DTensor whose gradient is not one, or lies on another mesh.
@@ -137,11 +139,11 @@ def local_grads(params: Sequence[Tensor]) -> LocalGrads | None:
         grad = p.grad
         if grad is not None and is_sharded(p):
             if not is_sharded(grad) or grad.device_mesh != p.device_mesh:
-                mesh = grad.device_mesh if is_sharded(grad) else "none"
+                one = f"another, {grad.device_mesh}" if is_sharded(grad) else "no mesh"
                 raise TypeError(
-                    f"Parameter {place} (counted over all groups) is a DTensor on {p.device_mesh} "
-                    f"but its gradient is a {type(grad).__name__} on {mesh}. Assign a DTensor of "
-                    "the param's mesh, as backward() does."
+                    f"{name(place)} is a DTensor on {p.device_mesh} but its gradient is a "
+                    f"{type(grad).__name__} on {one}. Assign a DTensor of the param's mesh, as "
+                    "backward() does."
                 )
             if grad.placements != p.placements:
                 grad = grad.redistribute(placements=p.placements)

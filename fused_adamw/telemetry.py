@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import embedding_bag
 
 from .kernels import table as t
 from .launch import is_capturing
@@ -29,7 +29,7 @@ NAMES = ("update_rms", "param_rms", "lost_updates")
 class Measures(NamedTuple):
     """What the steps of one device write."""
 
-    rows: Tensor  # [n_rows, MEASURES], float32 from a kernel, float64 from the reference
+    rows: Tensor  # [n_rows, MEASURES]
     counted: Tensor  # float64 [n_tensors]: elements updated by the last step that was carried out
 
 
@@ -38,10 +38,11 @@ class Layout(NamedTuple):
 
     first_chunk: list[int]
     numels: list[int]  # of reals
-    groups: list[int]
+    places: list[int]  # in the list of all params
     meshes: list[int]
     n_rows: int
     rows_per_chunk: int
+    dtype: torch.dtype  # float32 from a kernel, float64 from the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,12 @@ class Telemetry:
     """The measures of all devices, and how they are added."""
 
     params: list[Tensor]  # the plan's own list: the same object as long as the plan holds
-    n_groups: int
     meshes: Mapping[Ranks, int]
     layouts: dict[torch.device, Layout]
     measures: dict[torch.device, Measures]
 
 
-def follow(before: Telemetry | None, plan: Plan, n_groups: int) -> Telemetry:
+def follow(before: Telemetry | None, plan: Plan) -> Telemetry:
     """The telemetry for a plan: as it was, or with new memory where the layout has changed.
 
     Raises:
@@ -77,44 +77,50 @@ def follow(before: Telemetry | None, plan: Plan, n_groups: int) -> Telemetry:
                 "FusedAdamW.step() with group_metrics cannot be captured in a CUDA graph yet: its "
                 "measures have no memory. Run one step() with group_metrics outside the capture."
             )
-        dtype = torch.float32 if device in plan.tables else torch.float64
         measures[device] = Measures(  # zeros: programs past a tensor's end write nothing
-            torch.zeros(layout.n_rows, t.MEASURES, dtype=dtype, device=device),
+            torch.zeros(layout.n_rows, t.MEASURES, dtype=layout.dtype, device=device),
             torch.zeros(len(layout.numels), dtype=torch.float64, device=device),
         )
-    return Telemetry(plan.params, n_groups, plan.meshes, layouts, measures)
+    return Telemetry(plan.params, plan.meshes, layouts, measures)
 
 
 def _layout(entries: Sequence[Entry], table: t.Table | None) -> Layout:
     numels = [e.local.numel() * (2 if e.local.is_complex() else 1) for e in entries]
-    groups, meshes = [e.group for e in entries], [e.mesh for e in entries]
+    places, meshes = [e.place for e in entries], [e.mesh for e in entries]
     if table is None:
-        return Layout(list(range(len(entries))), numels, groups, meshes, len(entries), 1)
+        return Layout(
+            list(range(len(entries))), numels, places, meshes, len(entries), 1, torch.float64
+        )
     tensors = table.chunks & 0xFFFFFFFF
     first = np.searchsorted(tensors, np.arange(len(entries))).tolist()
-    return Layout(first, numels, groups, meshes, table.n_programs, table.blocks_per_chunk)
+    per_chunk = table.blocks_per_chunk
+    return Layout(first, numels, places, meshes, table.n_programs, per_chunk, torch.float32)
 
 
 def read(
-    telemetry: Telemetry | None, n_groups: int, device: torch.device, given: Any
+    telemetry: Telemetry | None,
+    param_groups: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    given: Any,
 ) -> dict[str, Tensor]:
     """NAMES -> float64 [n_groups], of all devices and ranks; all-reduces as norm.py's `add_up`.
 
-    device: where the result lies if this rank has updated nothing. given: the grad_norm_group.
+    param_groups: as they are now, which need not be as the step found them: a param counts in the
+    group that has it. device: of the result. given: the grad_norm_group.
     """
-    shape = n_groups, t.MEASURES + 1
+    shape = len(param_groups), t.MEASURES + 1
     alone = torch.zeros(shape, dtype=torch.float64, device=device)  # not to be added over `given`
     shared = torch.zeros_like(alone)
     if telemetry is not None:
-        parts = [
-            _by_group(telemetry.layouts[here], measures, telemetry)
-            for here, measures in telemetry.measures.items()
-        ]
-        own = (len(telemetry.meshes), telemetry.n_groups, t.MEASURES + 1)
+        numbers = {p: i for i, group in enumerate(param_groups) for p in group["params"]}
+        groups = [numbers.get(p, len(param_groups)) for p in telemetry.params]
+        own = len(telemetry.meshes), len(param_groups) + 1, t.MEASURES + 1
         total = torch.zeros(own, dtype=torch.float64, device=device)
-        for x in parts:  # on the way to the CPU the host has to wait: it reads there
+        for here, measures in telemetry.measures.items():
+            x = _sums(telemetry.layouts[here], measures, groups, own)
+            # on the way to the CPU the host has to wait: it reads there
             total += x.to(device, non_blocking=device.type != "cpu")
-        total = pad(total, (0, 0, 0, n_groups - telemetry.n_groups))
+        total = total[:, :-1].contiguous()  # without params that have left
         for ranks, mesh in telemetry.meshes.items():
             for process_group in ranks.mesh:
                 torch.distributed.all_reduce(total[mesh], group=process_group)
@@ -131,20 +137,26 @@ def read(
     return dict(zip(NAMES, values, strict=True))
 
 
-def _by_group(layout: Layout, measures: Measures, telemetry: Telemetry) -> Tensor:
-    """Sums of one device, float64 [n_meshes, n_groups, MEASURES + 1]; the last counts elements."""
+def _sums(
+    layout: Layout, measures: Measures, groups: Sequence[int], own: tuple[int, int, int]
+) -> Tensor:
+    """Sums of one device, float64 [n_meshes, n_groups, MEASURES + 1]; the last counts elements.
+
+    groups: of all params, one after the other.
+    """
     rows, counted = measures
     n_chunks, shape = layout.n_rows // layout.rows_per_chunk, (layout.rows_per_chunk, t.MEASURES)
     chunks = rows.view(n_chunks, *shape).sum(1, dtype=torch.float64)
     tensors = _bags(chunks, np.arange(n_chunks), np.array(layout.first_chunk))
     # what a tensor that the last step has not updated left there is older
     tensors = torch.where(counted[:, None] > 0, tensors, 0)
-    n_bags = len(telemetry.meshes) * telemetry.n_groups
-    bag = np.array(layout.meshes) * telemetry.n_groups + np.array(layout.groups)
+    n_meshes, n_groups, _ = own
+    n_bags = n_meshes * n_groups
+    bag = np.array(layout.meshes) * n_groups + np.array([groups[i] for i in layout.places])
     order = np.argsort(bag, kind="stable")
     starts = np.searchsorted(bag[order], np.arange(n_bags))
     sums = _bags(torch.cat([tensors, counted[:, None]], 1), order, starts)
-    return sums.view(len(telemetry.meshes), telemetry.n_groups, t.MEASURES + 1)
+    return sums.view(own)
 
 
 def _bags(rows: Tensor, order: t.Words, starts: t.Words) -> Tensor:

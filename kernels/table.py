@@ -123,7 +123,7 @@ class Signature(NamedTuple):
 
     @property
     def bytes_per_element(self) -> float:
-        """Bytes read and written for one element: the floor of DESIGN section 8."""
+        """Bytes for one element: param, moments and master read and written, the gradient read."""
         moments = [self.exp_avg, *[self.exp_avg_sq] * (2 if self.amsgrad else 1)]
         kept: float = self.param.itemsize + sum(x.itemsize for x in moments)
         kept += moments.count(torch.uint8) / QUANT_BLOCK

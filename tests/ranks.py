@@ -402,16 +402,22 @@ def missing_on_one_rank() -> None:
 
 
 def foreign_gradient() -> None:
-    """A plain gradient of a DTensor is refused, and nothing has changed."""
+    """A DTensor's gradient on another mesh, or on none, is refused, and nothing has changed."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
-    optimizer = FusedAdamW([p])
+    p, q = (nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)])) for _ in range(2))
     other = init_device_mesh("cpu", (1, dist.get_world_size()))
-    p.grad = distribute_tensor(torch.ones(4), other, [Replicate(), Shard(0)])
-    with pytest.raises(TypeError, match="Assign a DTensor of the param's mesh"):
-        optimizer.step()
-    assert not optimizer.state
-    assert torch.equal(p.full_tensor(), torch.ones(4))
+    foreign = distribute_tensor(torch.ones(4), other, [Replicate(), Shard(0)])
+    for grad, where in ((foreign, r"DTensor on another, .*"), (torch.ones(4), "Tensor on no mesh")):
+        for named, name in ((True, "weight"), (False, r"param_groups\[1\]\['params'\]\[0\]")):
+            params: list[Any] = [("bias", q), ("weight", p)] if named else [q, p]
+            optimizer = FusedAdamW([{"params": [x]} for x in params])
+            p.grad = grad
+            with pytest.raises(
+                TypeError, match=rf"^{name} is a DTensor on .* is a {where}\. Assign"
+            ):
+                optimizer.step()
+            assert not optimizer.state
+            assert torch.equal(p.full_tensor(), torch.ones(4))
 
 
 def resume_by_state_dict() -> None:

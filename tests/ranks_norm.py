@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -240,6 +241,47 @@ def found_inf_on_one_rank(backend: str, plain: bool) -> None:
         assert torch.equal(local(p.detach()), before) == (found > 0)
     assert optimizer.metrics()["skipped_steps"].item() == 1
     assert optimizer.state[p]["step"].item() == 2
+
+
+def not_finite_on_one_rank(backend: str, value: float, given: bool) -> None:
+    """Beside DTensors, a plain gradient that only one rank finds not finite is news to all.
+
+    Without skip_nonfinite all clip by the same factor: by NaN, or by 0 for infinity.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+    plain = nn.Parameter(torch.ones(4))
+    optimizer = FusedAdamW([sharded, plain], backend=backend, max_grad_norm=1.0)  # type: ignore[arg-type]
+    optimizer.grad_norm_group = dist.group.WORLD if given else None
+    for skip in (True, False):
+        optimizer.skip_nonfinite = skip
+        sharded.grad = torch.ones_like(sharded)
+        plain.grad = torch.full((4,), 1.0 if dist.get_rank() else value)
+        optimizer.step()
+        assert torch.equal(local(sharded.detach()), torch.ones(4)) == skip
+        assert torch.equal(plain, torch.ones(4)) == skip
+        metrics = optimizer.metrics()
+        assert metrics["skipped_steps"].item() == 1
+        factor = metrics["clip_factor"].item()
+        assert math.isnan(factor) if math.isnan(value) else factor == 0
+
+
+def not_finite_on_one_of_four() -> None:
+    """The same where no process group has all ranks: the news goes from one mesh to the next."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts: list[list[Any]] = [[Shard(0), Replicate()], [Replicate(), Shard(0)]]
+    for bad in range(2):
+        params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, x)) for x in layouts]
+        optimizer: Any = FusedAdamW(params, skip_nonfinite=True)
+        for found in (False, True):  # in a gradient, then by the scaler
+            for i, p in enumerate(params):
+                p.grad = torch.ones_like(p)
+                if i == bad and dist.get_rank() == 1 and not found:
+                    local(p.grad).fill_(math.nan)
+            optimizer.found_inf = torch.tensor(float(found and dist.get_rank() == 1))
+            optimizer.step()
+            assert all(torch.equal(local(p.detach()), torch.ones_like(local(p))) for p in params)
+        assert optimizer.metrics()["skipped_steps"].item() == 2
 
 
 def error_on_one_rank() -> None:

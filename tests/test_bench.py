@@ -59,7 +59,7 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize(
     ("param", "formats", "each"),
     [
-        # DESIGN.md, section 8: bytes read and written for a parameter
+        # param and both moments read and written, the gradient read
         pytest.param(torch.float32, {}, 28, id="fp32"),
         pytest.param(torch.bfloat16, {"moments": torch.float32}, 22, id="bf16_fp32_moments"),
         pytest.param(torch.bfloat16, {}, 14, id="bf16"),

@@ -291,6 +291,29 @@ def test_changed_between_steps(device: torch.device, backend: Any) -> None:
         assert_close(params, others)
 
 
+def test_metrics_follow_params_to_another_device(device: torch.device) -> None:
+    """What is said is of the last step, and skips are counted on, back and forth."""
+    here, there = (device, torch.device("cpu")) if device.type == "cuda" else (device, None)
+    p = Parameter(torch.ones(4, device=device))
+    optimizer = FusedAdamW([p], skip_nonfinite=True)
+    for moves in range(4):
+        if there is not None:
+            p.data = p.data.to(here if moves % 2 else there)
+            for key, x in optimizer.state[p].items():
+                optimizer.state[p][key] = x.to(p.device)
+        elif moves:  # as if the steps before had been on a GPU
+            optimizer._metrics[torch.device("cuda", 0)] = optimizer._metrics.pop(device)
+        p.grad = torch.full_like(p, math.nan)
+        optimizer.step()
+        p.grad = torch.full_like(p, moves + 1.0)
+        optimizer.step()
+        metrics = optimizer.metrics()
+        assert metrics["grad_norm"].device == p.device
+        assert metrics["grad_norm"].item() == 2 * (moves + 1)
+        assert metrics["skipped_steps"].item() == moves + 1
+        assert list(optimizer._metrics) == [p.device]
+
+
 def test_off_there_is_nothing_to_launch(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

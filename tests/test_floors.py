@@ -111,7 +111,7 @@ def test_bytes_are_those_of_the_kernels(index: int) -> None:
 
 
 def test_bytes_of_storage_formats_are_those_of_the_kernels() -> None:
-    """DESIGN, section 8: 26, 14.1 and 10.1, the latter two with their scales."""
+    """26, 14.1 and 10.1 bytes a parameter, the latter two with their scales."""
     bf16, fp32, int8 = torch.bfloat16, torch.float32, torch.uint8
     signatures = [
         Signature(bf16, bf16, fp32, fp32, False, torch.int16),

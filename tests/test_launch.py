@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamw import FusedAdamW, launch, optimizer
 from fused_adamw.kernels import table as t
@@ -64,6 +66,49 @@ def test_a_device_scalar_is_never_uploaded_again(device: torch.device, uploads: 
     lr.fill_(0.5)
     adamw.step()
     assert len(uploads) == 1
+
+
+class Operations(TorchDispatchMode):
+    """torch's operations on tensors: on a GPU most are launches, and the rest costs the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "profiler":  # torch's Optimizer.step marks its start and end
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_grad_norm": 1.0},
+        {"skip_nonfinite": True, "group_metrics": True},
+        {"max_grad_norm": 1.0, "state_dtype": "int8", "amsgrad": True},
+    ],
+    ids=str,
+)
+def test_a_step_is_its_launches_and_nothing_else(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Two, three with a norm; when nothing has moved, torch has nothing to do besides."""
+    adamw = FusedAdamW(model(device), backend="triton", **options)
+    adamw.step()
+    kernels, launched = launch.load_kernels(device), []
+    for module, name in (
+        (kernels.norm, "sum_squares"),
+        (kernels.schedule, "schedule"),
+        (kernels.adamw, "adamw"),
+    ):  # the interpreter runs a kernel through torch: count it, and leave it out
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: launched.append(name))
+    with Operations() as operations:
+        adamw.step()
+    assert operations.seen == []
+    with_norm = not {"max_grad_norm", "skip_nonfinite"}.isdisjoint(options)
+    assert launched == [*["sum_squares"] * with_norm, "schedule", "adamw"]
 
 
 class Recording:
@@ -163,6 +208,74 @@ def test_clipping_wants_a_step_with_it_before_the_capture(
     with Recording(monkeypatch):
         adamw.step()
     assert [float(adamw.state[p]["step"]) for p in params] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("change", ["grad_scale", "found_inf", "skip_nonfinite", "max_grad_norm"])
+def test_kernels_are_not_compiled_in_a_capture(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """A step in which everything is reserved, but for other kernels than the earlier ones had."""
+    params = model(device)
+    adamw: Any = FusedAdamW(params, backend="triton", max_grad_norm=1.0)
+    adamw.step()
+    before = [p.detach().clone() for p in params]
+    new = {
+        "grad_scale": torch.ones((), device=device),
+        "found_inf": torch.zeros((), device=device),
+        "skip_nonfinite": True,
+        "max_grad_norm": None,
+    }
+    setattr(adamw, change, new[change])
+    with Recording(monkeypatch), pytest.raises(RuntimeError, match="with the same options"):
+        adamw.step()
+    assert all(map(torch.equal, params, before))
+    adamw.step()
+    with Recording(monkeypatch):
+        adamw.step()
+    assert [float(adamw.state[p]["step"]) for p in params] == [3, 3, 3]
+
+
+def test_memory_is_kept_for_each_stream_that_uses_it(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that outlives a step is told of a second stream, once; plans and states free it later."""
+    current = ["first"]
+    seen: list[tuple[int, str]] = []
+    monkeypatch.setattr(launch, "stream_of", lambda device: current[0])
+    monkeypatch.setattr(
+        torch.Tensor,
+        "record_stream",
+        lambda self, stream: seen.append((self.untyped_storage().data_ptr(), stream)),
+    )
+    params = [*model(device), torch.nn.Parameter(torch.randn(6, 8, device=device)[:, ::2])]
+    params[-1].grad = torch.randn(4, 6, device=device).t()
+    options: dict[str, Any] = {"max_grad_norm": 1.0, "group_metrics": True, "backend": "triton"}
+    adamw = FusedAdamW(params, lr=torch.tensor(1e-3, device=device), **options)
+    adamw.step()
+    seen.clear()
+    adamw.step()
+    assert seen == []
+    current[0] = "second"
+    adamw.step()
+    assert {stream for _, stream in seen} == {"second"}
+    launcher, plan = adamw._launchers[device], adamw._plan
+    assert plan is not None
+    assert adamw._telemetry is not None
+    (copied,) = plan.copied
+    wanted = [
+        *(launcher._memory or ()),
+        *launcher._sums.values(),
+        *(x for s in adamw.state.values() for x in s.values()),
+        *adamw._telemetry.measures[device],
+        *adamw._rows[device].alive,
+        copied.dense,
+        copied.grad_copy,
+    ]
+    told = {address for address, _ in seen}
+    assert all(x.untyped_storage().data_ptr() in told for x in wanted if x is not None)
+    seen.clear()
+    adamw.step()
+    assert seen == []
 
 
 def test_memory_fits_only_its_own_size(device: torch.device) -> None:

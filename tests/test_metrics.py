@@ -399,6 +399,28 @@ def test_groups_that_come_later(device: torch.device, backend: Any) -> None:
     expected.check(adamw.metrics())
 
 
+def test_groups_that_go(device: torch.device, backend: Any) -> None:
+    """A group has the number that it has in param_groups, also before the next step."""
+    params = make_params(device, [F32])
+    kept, gone, other = params[:2], params[2:4], params[4:]
+    groups = [{"params": x} for x in (kept, gone, other)]
+    adamw = FusedAdamW(groups, group_metrics=True, backend=backend)
+    set_grads(1, params)
+    adamw.step()
+    before = adamw.metrics()
+    assert len({*before["param_rms"].tolist()}) == 3
+    del adamw.param_groups[1]
+    for name in NAMES:
+        assert torch.equal(adamw.metrics()[name], before[name][[0, 2]])
+    adamw.param_groups.reverse()
+    for name in NAMES:
+        assert torch.equal(adamw.metrics()[name], before[name][[2, 0]])
+    set_grads(2, params)
+    expected = Expected(adamw)
+    adamw.step()
+    expected.check(adamw.metrics())
+
+
 def test_copies_keep_the_option_and_checkpoints_leave_it_out(
     device: torch.device, backend: Any
 ) -> None:
@@ -442,6 +464,27 @@ def test_on_in_some_steps_only(device: torch.device, backend: Any) -> None:
             assert not set(NAMES) & set(adamw.metrics())
     assert other._telemetry is None
     assert all(map(torch.equal, params, twin))
+
+
+def test_backends_in_turn(device: torch.device) -> None:
+    """The next step follows the attribute; the one has float32 rows, the other float64 ones."""
+    params = make_params(device, [F32])
+    adamw = FusedAdamW(params, group_metrics=True, backend="reference")
+    seen = []
+    for step, backend in enumerate(["reference", "triton", "reference"]):
+        adamw.backend = backend  # type: ignore[assignment]
+        set_grads(step, params)
+        expected = Expected(adamw)
+        adamw.step()
+        expected.check(adamw.metrics())
+        assert adamw._plan is not None
+        seen.append(list(adamw._plan.tables))
+    assert seen == [[], [device], []]
+    before = copy.deepcopy(params)
+    adamw.backend = "cuda"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="Invalid backend: 'cuda'"):
+        adamw.step()
+    assert all(map(torch.equal, params, before))
 
 
 def test_no_launch_more_and_no_memory_after_the_first_step(

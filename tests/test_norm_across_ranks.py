@@ -17,7 +17,12 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_meshes_of_two_dimensions() -> None:
-    on_ranks(4, in_turn, [(ranks.over_tensor_parallelism,), (ranks.one_collective_a_group,)])
+    scenarios = (
+        ranks.over_tensor_parallelism,
+        ranks.one_collective_a_group,
+        ranks.not_finite_on_one_of_four,
+    )
+    on_ranks(4, in_turn, [(scenario,) for scenario in scenarios])
 
 
 def test_given_group() -> None:
@@ -40,6 +45,20 @@ def test_overflow_on_one_rank() -> None:
         in_turn,
         [(ranks.found_inf_on_one_rank, backend, plain) for backend in backends for plain in (0, 1)]
         + [(ranks.sharded_grad_scaler, first) for first in (True, False)],
+    )
+
+
+def test_not_finite_on_one_rank() -> None:
+    backends = ["reference"] if torch.cuda.is_available() else ["reference", "triton"]
+    on_ranks(
+        2,
+        in_turn,
+        [
+            (ranks.not_finite_on_one_rank, backend, value, given)
+            for backend in backends
+            for value in (torch.nan, torch.inf)
+            for given in (False, True)
+        ],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from collections.abc import Callable, Iterable
@@ -587,6 +588,91 @@ def test_clip_by_last_norm(device: torch.device, backend: Any, bucket_bytes: int
         released.max_grad_norm = max_norm
         train(released, net, [6])
     assert released.metrics()["clip_factor"] == 1
+
+
+@each("change", ["freeze", "pop", "add"])
+def test_norm_of_groups_that_change_before_step(
+    device: torch.device, backend: Any, change: str
+) -> None:
+    """What was updated during backward counts, whatever the groups are when step() is called."""
+    net, twin = make(device)
+    released = FusedAdamW(decayed(net), backend=backend, max_grad_norm=math.inf)
+    release_gradients(released, 1, clip_by_last_norm=True)
+    net(tokens(1, device), 1).backward()
+    if change == "freeze":
+        net.head.requires_grad_(False)
+    elif change == "pop":
+        released.param_groups.pop()
+    else:
+        released.add_param_group({"params": [nn.Parameter(torch.ones(2, device=device))]})
+    released.step()
+    twin(tokens(1, device), 1).backward()
+    grads = [p.grad for p in twin.parameters() if p.grad is not None]
+    norm = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt().item()
+    assert released.metrics()["grad_norm"].item() == pytest.approx(norm, rel=1e-6)
+
+
+def test_first_step_after_a_load_is_not_clipped(device: torch.device, backend: Any) -> None:
+    net, _ = make(device)
+    released = FusedAdamW(net.parameters(), backend=backend, max_grad_norm=1e-3)
+    release_gradients(released, 1, clip_by_last_norm=True)
+    factors = []
+    for step in range(4):
+        train(released, net, [step])
+        factors.append(released.metrics()["clip_factor"].item())
+        if step == 1:
+            released.load_state_dict(released.state_dict())
+    assert [x == 1 for x in factors] == [True, False, True, False]
+
+
+def test_states_are_kept_for_the_stream_of_step(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 calls hooks on a stream of its own; states made there are saved and freed elsewhere."""
+    if device.type != "cpu":
+        pytest.skip("played with streams that are none")
+    net, _ = make(device)
+    released = FusedAdamW(net.parameters())
+    release_gradients(released, LAYER)
+    told: list[Tensor] = []
+    monkeypatch.setattr(release, "stream_of", lambda device: "main")
+    monkeypatch.setattr(release, "used_here", told.extend)
+    train(released, net, [1])
+    states = [x for s in released.state.values() for x in s.values()]
+    assert {id(x) for x in told} == {id(x) for x in states}
+    told.clear()
+    train(released, net, [2])
+    assert not told
+    released.load_state_dict(released.state_dict())
+    train(released, net, [4])
+    states = [x for s in released.state.values() for x in s.values()]
+    assert {id(x) for x in told} == {id(x) for x in states}
+
+
+def test_a_backward_that_raises_half_way(device: torch.device, backend: Any) -> None:
+    """Its iteration is ended as the error of the next one says."""
+    net, _ = make(device)
+    optimizer = FusedAdamW(net.named_parameters(), backend=backend)
+    release_gradients(optimizer, LAYER)
+    train(optimizer, net, [1])
+    loss = net(tokens(2, device), 1)
+
+    def fails(_: Tensor) -> None:
+        raise MemoryError
+
+    hook = net.layers[0].weight.register_hook(fails)
+    with pytest.raises(MemoryError):
+        loss.backward()
+    hook.remove()
+    assert optimizer.state[net.head.bias]["step"] == 2
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"that raised, zero_grad\(\) and then step\(\) end its"):
+        net(tokens(2, device), 1).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.state[net.head.bias]["step"] == 2
+    train(optimizer, net, [3])
+    assert optimizer.state[net.head.bias]["step"] == 3
 
 
 @needs_gloo

@@ -970,7 +970,7 @@ def test_remainders_are_bits(device: torch.device, backend: Any) -> None:
 
 
 def test_bytes_of_formats() -> None:
-    """DESIGN's floor."""
+    """Everything is read and written once, the gradient read; scales are a byte for 64."""
     for signature, wanted in (
         (t.Signature(BF16, BF16, F32, F32, False, I16), 26),
         (t.Signature(BF16, BF16, U8, U8, False, I16), 14 + 4 / 64),

@@ -48,7 +48,7 @@ def test_programs_of_a_multiprocessor(
 
 
 def test_prediction() -> None:
-    """DESIGN.md, section 7: an H200 issues 7.8 instructions in the time of a byte, at 4.3 TB/s."""
+    """An H200 issues 7.8 instructions in the time of a byte, at the 4.3 TB/s of a copy."""
     chip = CHIPS["sm_90"]
     assert issue_share(chip, instructions=7.8 * 28, bytes_moved=28, tbs=4.3) == pytest.approx(
         1, abs=0.01
