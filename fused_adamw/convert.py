@@ -118,9 +118,10 @@ def convert_to_fp32_(model: Model, optimizer: FusedAdamW) -> Model:
         for p, group in low:
             state = optimizer.state.get(p, {})
             p.data = storing.master_of(p.detach(), state)
-            first, second, *rest = storing.storage_of(group, p)
-            wide = storing.Storage(first or torch.float32, second or torch.float32, *rest)
-            made.append(_moments(p, wide, state))
+            storage = storing.storage_of(group, p)
+            first, second = (x or torch.float32 for x in storage[:2])
+            storage = storage._replace(exp_avg=first, exp_avg_sq=second)
+            made.append(_moments(p, storage, state))
         model.float()
     except BaseException:
         undo()
