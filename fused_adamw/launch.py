@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels import table as t
+from .norm import Clipping
 
 MIN_TRITON = (3, 6)
 
@@ -82,13 +83,19 @@ def used_here(tensors: Iterable[Tensor]) -> None:
             x.record_stream(stream)
 
 
-class Options(NamedTuple):
-    """What of a step the kernels are compiled for, besides the formats of its table."""
+class Asked(NamedTuple):
+    """What a step has to do besides the update."""
 
-    grad_scale: bool
-    found_inf: bool
-    skip_nonfinite: bool | None  # None: no norm is taken
-    measured: bool
+    grad_scale: Tensor | None  # as GradScaler sets them, on any device
+    found_inf: Tensor | None
+    clipping: Clipping
+    measured: bool  # for group_metrics
+
+    @property
+    def variant(self) -> tuple[object, ...]:
+        """What of it the kernels are compiled for."""
+        skip = self.clipping.skip_nonfinite if self.clipping.wanted else None
+        return self.grad_scale is not None, self.found_inf is not None, skip, self.measured
 
 
 class GroupRows(NamedTuple):
@@ -156,7 +163,7 @@ class Launcher:
         return sum(x.nbytes for x in (*kept, *self._sums.values()))
 
     def prepare(
-        self, table: t.Table, groups: GroupRows, options: Options, rows: Tensor | None = None
+        self, table: t.Table, groups: GroupRows, asked: Asked, rows: Tensor | None = None
     ) -> t.Table:
         """The table with its groups, when all that can fail before the first launch has not.
 
@@ -164,7 +171,7 @@ class Launcher:
 
         Raises:
             RuntimeError: a stream is captured, and no step has reserved memory for this table, or
-                launched the kernels that the options want: compiling and loading them would break
+                launched the kernels that are asked for: compiling and loading them would break
                 the capture.
         """
         if groups.words is not self._groups and not np.array_equal(groups.words, self._groups):
@@ -177,7 +184,7 @@ class Launcher:
                 "reserved for the tensors of this step. Run one step() outside the capture before "
                 "each capture, with gradients for the same parameters."
             )
-        self._prepared = table.signatures, options
+        self._prepared = table.signatures, asked.variant
         known = self._prepared in self._launched
         if capturing and not known:
             raise RuntimeError(
@@ -192,7 +199,7 @@ class Launcher:
             memory = self._memory if self._reserve is None else self._reserve[0]
             assert memory is not None
             if not known:
-                self.kernels.adamw.compile_for(table, memory, options.grad_scale, rows)
+                self.kernels.adamw.compile_for(table, memory, asked.grad_scale is not None, rows)
         return table
 
     def upload(self, table: t.Table, alive: object, kept: Iterable[Tensor] = ()) -> t.Memory:
@@ -225,22 +232,23 @@ class Launcher:
         self,
         table: t.Table,
         memory: t.Memory,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        norm: tuple[Tensor, Tensor, bool] | None = None,
-        measures: tuple[Tensor, Tensor] | None = None,
+        asked: Asked,
+        norm: tuple[Tensor, Tensor] | None,
+        measures: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Update the tensors of an uploaded table.
 
-        grad_scale, found_inf: as GradScaler sets them, or None. norm: kernels/schedule.py's Norm.
+        norm: sums of squares of all gradients, to be added up, and where to note the metrics.
         measures: telemetry.py's Measures.
         """
         with self._current_device():
-            grad_scale, found_inf = self._scalar(grad_scale), self._scalar(found_inf)
+            grad_scale, found_inf = self._scalar(asked.grad_scale), self._scalar(asked.found_inf)
             if is_capturing(self.device):
                 self.captured.append((grad_scale, found_inf, norm, measures))
             rows, counted = measures or (None, None)
-            given = None if norm is None else self.kernels.schedule.Norm(*norm)
+            given = None
+            if norm is not None:
+                given = self.kernels.schedule.Norm(*norm, asked.clipping.skip_nonfinite)
             self.kernels.schedule.schedule(table, memory, grad_scale, found_inf, given, counted)
             self.kernels.adamw.adamw(table, memory, store_grad=grad_scale is not None, rows=rows)
             self._launched.add(self._prepared)

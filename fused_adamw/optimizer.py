@@ -10,25 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import formats, reference
 from . import norm as norming
 from . import plan as planning
+from . import reference
 from . import state as stating
 from . import storage as storing
 from . import telemetry as measuring
 from .checks import check_hypers, check_plain
 from .kernels import table as t
-from .launch import GroupRows, Launcher, Options, group_rows, is_capturing
+from .launch import Asked, GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
-from .norm import Clipping, check_clipping
+from .norm import check_clipping
 from .plan import Entry, Grads, Plan, Seen, flat
-from .shards import LocalGrads, as_param, local, local_grads, local_state
+from .shards import LocalGrads, as_param, local, local_grads
 from .storage import StateDtype
 from .telemetry import Measures, Telemetry
+from .unfused import run_differentiable, run_reference
 
 if TYPE_CHECKING:
     from .release import GradientRelease
@@ -287,11 +286,52 @@ class FusedAdamW(Optimizer):
     # as torch.optim does it: torch.compiler.disable would import the compiler along, 2 s
     @torch._disable_dynamo  # type: ignore[attr-defined]  # private, but the one that torch.optim uses
     def _update(self) -> None:
+        """One step, in its order; up to `_prepare` nothing that a user sees has changed."""
+        differentiable = [group for group in self.param_groups if group["differentiable"]]
+        asked = self._asked(bool(differentiable))
+        here = local_grads(
+            flat(self.param_groups), lambda place: planning.name_at(self.param_groups, place)
+        )
+        plan, seen = self._current_plan(here, asked.clipping.wanted or asked.measured)
+        measures = self._measures(plan, asked)
+        tables = self._prepare(plan, asked, measures)
+        with torch.no_grad():
+            copied = [(e, grad) for e in plan.copied if (grad := seen.grads[e.place]) is not None]
+            _copy_in(copied)
+            memories = self._upload(plan, seen, tables, asked)
+            norms: Mapping[torch.device, Tensor] = {}
+            if asked.clipping.wanted:
+                own = self._own_sums(plan, seen.grads, tables, memories)
+                norms = self._sums(plan, own, asked.found_inf)
+            for device, entries in plan.by_device.items():
+                norm = (norms[device], self._metrics[device]) if norms else None
+                measured = measures.get(device)
+                if device in tables:
+                    launcher = self._launchers[device]
+                    launcher.launch(tables[device], memories[device], asked, norm, measured)
+                else:
+                    groups, state = self.param_groups, self.state
+                    run_reference(entries, seen.grads, groups, state, asked, norm, measured)
+            _copy_out(copied, asked)
+            if here is not None and asked.grad_scale is not None:
+                params = flat(self.param_groups)
+                for place, moved in here.moved.items():
+                    params[place].grad = moved  # unscaled, as the others are now
+            if tables:
+                # autograd has not seen the kernel write: a stale graph shall raise
+                written = planning.written_by(plan, seen, self.state)
+                if asked.grad_scale is not None:
+                    written = written + [g for g in seen.grads if g is not None]
+                torch.autograd.graph.increment_version(written)
+        for group in differentiable:
+            run_differentiable(group, self.state, step_dtype())
+
+    def _asked(self, differentiable: bool) -> Asked:
+        """What this step has to do besides the update, and with which hyper-parameters, checked."""
         grad_scale, found_inf = (
             local(x) if isinstance(x := getattr(self, key, None), Tensor) else None
             for key in ("grad_scale", "found_inf")
         )
-        differentiable = [group for group in self.param_groups if group["differentiable"]]
         if differentiable and not (grad_scale is None and found_inf is None):
             raise RuntimeError(
                 "A group with differentiable=True cannot unscale or skip by itself: construct the "
@@ -309,92 +349,46 @@ class FusedAdamW(Optimizer):
                 "A group with differentiable=True is updated by torch, which measures nothing: "
                 "set group_metrics=False."
             )
+        _check_backend(self.backend)
         self._check_changed_hypers(clipping.max_norm)
         if found_inf is not None:  # what one rank has found is in the norm of all
             clipping = clipping._replace(skip_nonfinite=clipping.wanted)
-        here = local_grads(
-            flat(self.param_groups), lambda place: planning.name_at(self.param_groups, place)
-        )
-        plan, seen = self._current_plan(here, clipping.wanted or self.group_metrics)
-        grads = seen.grads
-        if clipping.wanted:
+        return Asked(grad_scale, found_inf, clipping, self.group_metrics)
+
+    def _measures(self, plan: Plan, asked: Asked) -> Mapping[torch.device, Measures]:
+        """Where the step notes what it finds and does; none where nobody has asked."""
+        if asked.clipping.wanted:
             self._make_metrics(plan.by_device)
-        measures: Mapping[torch.device, Measures] = {}
-        if self.group_metrics:
-            self._telemetry = measuring.follow(self._telemetry, plan)
-            measures = self._telemetry.measures
-        options = Options(
-            grad_scale is not None,
-            found_inf is not None,
-            clipping.skip_nonfinite if clipping.wanted else None,
-            self.group_metrics,
-        )
-        tables = {
+        if not asked.measured:
+            return {}
+        self._telemetry = measuring.follow(self._telemetry, plan)
+        return self._telemetry.measures
+
+    def _prepare(
+        self, plan: Plan, asked: Asked, measures: Mapping[torch.device, Measures]
+    ) -> dict[torch.device, t.Table]:
+        """Tables with this step's hyper-parameters; all kernels are compiled."""
+        return {
             device: self._launchers[device].prepare(
                 table,
-                self._group_rows(device, clipping.max_norm),
-                options,
+                self._group_rows(device, asked.clipping.max_norm),
+                asked,
                 rows=measures[device].rows if measures else None,
             )
             for device, table in plan.tables.items()
         }
-        with torch.no_grad():
-            copied = [(e, grad) for e in plan.copied if (grad := grads[e.place]) is not None]
-            for e, grad in copied:
-                if e.dense is not None:
-                    e.dense.copy_(e.local)
-                if e.grad_copy is not None:
-                    e.grad_copy.copy_(grad)
-            memories = {
-                device: self._launchers[device].upload(
-                    table,
-                    (plan.copied, self._group_rows(device, clipping.max_norm)),
-                    self._kept(device, plan, seen),
-                )
-                for device, table in tables.items()
-            }
-            norms: dict[torch.device, Tensor] = {}
-            if clipping.wanted:
-                norms = self._sums(plan, self._own_sums(plan, grads, tables, memories), found_inf)
-            for device, entries in plan.by_device.items():
-                if device in tables:
-                    norm = None
-                    if clipping.wanted:
-                        norm = norms[device], self._metrics[device], clipping.skip_nonfinite
-                    self._launchers[device].launch(
-                        tables[device],
-                        memories[device],
-                        grad_scale,
-                        found_inf,
-                        norm,
-                        measures.get(device),
-                    )
-                else:
-                    self._run_reference(
-                        entries,
-                        grads,
-                        grad_scale,
-                        found_inf,
-                        clipping,
-                        norms.get(device),
-                        measures.get(device),
-                    )
-            for e, grad in copied:
-                if e.dense is not None:
-                    e.local.copy_(e.dense)
-                if e.grad_copy is not None and grad_scale is not None:
-                    _put_grad(e.param, grad, e.grad_copy)
-            if here is not None and grad_scale is not None:
-                params = flat(self.param_groups)
-                for place, moved in here.moved.items():
-                    params[place].grad = moved  # unscaled, as the others are now
-            if tables:
-                # autograd has not seen the kernel write: a stale graph shall raise
-                written = planning.written_by(plan, seen, self.state)
-                unscaled = [g for g in grads if g is not None] if grad_scale is not None else []
-                torch.autograd.graph.increment_version(written + unscaled)
-        for group in differentiable:
-            self._run_differentiable(group)
+
+    def _upload(
+        self, plan: Plan, seen: Seen, tables: Mapping[torch.device, t.Table], asked: Asked
+    ) -> dict[torch.device, t.Memory]:
+        return {
+            device: self._launchers[device].upload(
+                table,
+                (plan.copied, self._group_rows(device, asked.clipping.max_norm)),
+                self._kept(device, plan, seen),
+            )
+            for device, table in tables.items()
+        }
 
     def _current_plan(
         self, here: LocalGrads | None = None, with_norm: bool = False
@@ -403,7 +397,6 @@ class FusedAdamW(Optimizer):
         groups, plan = self.param_groups, self._plan
         norm_over = with_norm, self.grad_norm_group
         grads_here = None if here is None else here.grads
-        _check_backend(self.backend)
         if plan is not None and plan.norm_over == norm_over and self._has_tables(plan):
             followed = planning.follow(plan, groups, self.state, grads_here)
             if followed is not None:
@@ -609,102 +602,6 @@ class FusedAdamW(Optimizer):
         lines = [f"    {what}: {count} parameters" for what, count in counts.items()]
         return "\n".join([super().__repr__().removesuffix(")") + "Stored", *lines, ")"])
 
-    def _run_reference(
-        self,
-        entries: Sequence[Entry],
-        grads: Grads,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        clipping: Clipping,
-        sums: Tensor | None,
-        measures: Measures | None,
-    ) -> None:
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        factor: float | None = 1.0
-        overflow = found_inf is not None and float(found_inf) != 0
-        if sums is not None:
-            metrics = self._metrics[entries[0].local.device]
-            factor = norming.decide(
-                sums, 1 / scale if scale else math.inf, overflow, clipping, metrics
-            )
-        if overflow or factor is None:
-            return
-        for x in measures or ():
-            x.zero_()
-        known: dict[tuple[int, float], reference.Scalars] = {}
-        for i, e in enumerate(entries):
-            grad = grads[e.place] if e.grad_copy is None else e.grad_copy
-            if grads[e.place] is None or grad is None:
-                continue
-            state = local_state(self.state[e.param])
-            step = float(state["step"].add_(1))
-            if (e.group, step) not in known:
-                known[e.group, step] = reference.schedule(
-                    self.param_groups[e.group], step, scale, factor
-                )
-            param = e.local if e.dense is None else e.dense
-            measured = None
-            if measures is not None:
-                measures.counted[i] = param.numel() * (2 if param.is_complex() else 1)
-                measured = measures.rows[i]
-            if e.storage.plain:
-                reference.adamw(
-                    param,
-                    grad,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    state["max_exp_avg_sq"] if e.storage.amsgrad else None,
-                    known[e.group, step],
-                    store_grad=grad_scale is not None,
-                    measures=measured,
-                )
-                continue
-            seed = self.param_groups[e.group].get("seed", 0)
-            keys = formats.random_keys(seed, int(step), e.position)
-            reference.adamw_stored(
-                param,
-                grad,
-                state,
-                e.storage,
-                known[e.group, step],
-                reference.Random(*keys, e.part),
-                store_grad=grad_scale is not None,
-                measures=measured,
-            )
-
-    def _run_differentiable(self, group: dict[str, Any]) -> None:
-        """torch's own functional AdamW, operation by operation, so that autograd sees each."""
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=step_dtype(), device=p.device)
-            names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-            for name in names:
-                if name not in state:
-                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        states = [self.state[p] for p in params]
-        function = adamw if group["decoupled_weight_decay"] else adam
-        function(
-            params,
-            [p.grad for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
-            [s["step"] for s in states],
-            foreach=False,
-            differentiable=True,
-            fused=False,
-            has_complex=any(p.is_complex() for p in params),
-            amsgrad=group["amsgrad"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
-
 
 def _check_group(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
     check_hypers(group, min_lr)
@@ -724,6 +621,24 @@ def _scalar_betas(betas: Sequence[float | Tensor]) -> tuple[float | Tensor, ...]
 def step_dtype() -> torch.dtype:
     """Dtype of new step counters, as torch chooses it."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _copy_in(copied: Iterable[tuple[Entry, Tensor]]) -> None:
+    """Fill the stand-ins of params with gaps, and of gradients laid out otherwise."""
+    for e, grad in copied:
+        if e.dense is not None:
+            e.dense.copy_(e.local)
+        if e.grad_copy is not None:
+            e.grad_copy.copy_(grad)
+
+
+def _copy_out(copied: Iterable[tuple[Entry, Tensor]], asked: Asked) -> None:
+    """Bring back what the step has written to stand-ins."""
+    for e, grad in copied:
+        if e.dense is not None:
+            e.local.copy_(e.dense)
+        if e.grad_copy is not None and asked.grad_scale is not None:
+            _put_grad(e.param, grad, e.grad_copy)
 
 
 def _put_grad(param: Tensor, grad: Tensor, unscaled: Tensor) -> None:
