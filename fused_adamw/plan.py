@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
-from itertools import chain, compress, islice
+from itertools import chain, compress
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -126,12 +126,6 @@ def flat(groups: Groups) -> list[Tensor]:
     if len(groups) == 1:
         return list(groups[0]["params"])
     return [p for group in groups for p in group["params"]]
-
-
-def name_at(groups: Groups, place: int) -> str:
-    """What messages call the param at a place in the list of all params."""
-    names = (param_name(g, i, j) for i, g in enumerate(groups) for j in range(len(g["params"])))
-    return next(islice(names, place, None))
 
 
 def look(
