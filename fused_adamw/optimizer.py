@@ -18,7 +18,7 @@ from . import reference
 from . import state as stating
 from . import storage as storing
 from . import telemetry as measuring
-from .checks import check_hypers, check_plain
+from .checks import check_hypers, check_plain, param_name
 from .kernels import table as t
 from .launch import Asked, GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
@@ -289,9 +289,7 @@ class FusedAdamW(Optimizer):
         """One step, in its order; up to `_prepare` nothing that a user sees has changed."""
         differentiable = [group for group in self.param_groups if group["differentiable"]]
         asked = self._asked(bool(differentiable))
-        here = local_grads(
-            flat(self.param_groups), lambda place: planning.name_at(self.param_groups, place)
-        )
+        here = local_grads(flat(self.param_groups), self._name_at)
         plan, seen = self._current_plan(here, asked.clipping.wanted or asked.measured)
         measures = self._measures(plan, asked)
         tables = self._prepare(plan, asked, measures)
@@ -354,6 +352,14 @@ class FusedAdamW(Optimizer):
         if found_inf is not None:  # what one rank has found is in the norm of all
             clipping = clipping._replace(skip_nonfinite=clipping.wanted)
         return Asked(grad_scale, found_inf, clipping, self.group_metrics)
+
+    def _name_at(self, place: int) -> str:
+        """What messages call the param at a place in the list of all params."""
+        for number, group in enumerate(self.param_groups):
+            if place < len(group["params"]):
+                return param_name(group, number, place)
+            place -= len(group["params"])
+        raise IndexError(place)
 
     def _measures(self, plan: Plan, asked: Asked) -> Mapping[torch.device, Measures]:
         """Where the step notes what it finds and does; none where nobody has asked."""

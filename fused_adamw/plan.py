@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from itertools import chain, compress, islice
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,12 +164,6 @@ def objects(xs: Collection[Tensor]) -> bytes:
     """Which objects these are, in which order: the `id` of each. It says so while all are alive."""
     # the memory of an array of objects is their ids: a third of the time that map(id, xs) takes
     return np.fromiter(xs, dtype=np.dtype(object), count=len(xs)).tobytes()
-
-
-def name_at(groups: Groups, place: int) -> str:
-    """What messages call the param at a place in the list of all params."""
-    names = (param_name(g, i, j) for i, g in enumerate(groups) for j in range(len(g["params"])))
-    return next(islice(names, place, None))
 
 
 def look(
