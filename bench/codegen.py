@@ -322,6 +322,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 _AMD_BITS = {
     "byte": 8,
     "ubyte": 8,
+    "sbyte": 8,
     "short": 16,
     "ushort": 16,
     "sshort": 16,

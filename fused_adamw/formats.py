@@ -83,17 +83,28 @@ def decode_master(param: Tensor, master: Tensor) -> Tensor:
     return torch.where(master.to(param.dtype) == param, master, param.float())
 
 
-def random_bits(index: Tensor, key0: int, key1: int) -> Tensor:
-    """32 random bits for each index, int64 in [0, 2^32).
+def random_words(group: Tensor, key0: int, key1: int) -> tuple[Tensor, Tensor]:
+    """Two times 32 random bits for each group of elements, int64 in [0, 2^32).
 
-    Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/) with a key in two places.
+    Chris Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/) with a key in two places;
+    and one round more.
     """
-    x = (index + key0 + (index >> 32) * 0x9E3779B9) & _LOW32
+    x = (group + key0 + (group >> 32) * 0x9E3779B9) & _LOW32
     x ^= x >> 16
     x = (x * 0x7FEB352D) & _LOW32
     x ^= x >> 15
     x = (x * 0x846CA68B + key1) & _LOW32
-    return x ^ (x >> 16)
+    x ^= x >> 16
+    y = (x * 0x31848BAB + key0) & _LOW32
+    return x, y ^ (y >> 14)
+
+
+def random_bits(index: Tensor, key0: int, key1: int) -> tuple[Tensor, Tensor]:
+    """Two times 32 random bits for each index, int64 in [0, 2^32), the upper ones best."""
+    powers = [pow(t.RANDOM_MULTIPLIER, k, 2**32) for k in range(t.RANDOM_GROUP)]
+    power = torch.tensor(powers, device=index.device)[index % t.RANDOM_GROUP]
+    x, y = random_words(index // t.RANDOM_GROUP, key0, key1)
+    return (x * power) & _LOW32, (y * power) & _LOW32
 
 
 def _mixed(x: int) -> int:
@@ -112,11 +123,11 @@ def random_keys(seed: int, step: int, position: int) -> tuple[int, int]:
 
 
 def round_stochastic(x: Tensor, random: Tensor) -> Tensor:
-    """Float32 to one of its two bfloat16 neighbours. random: int32 in [0, 2^16).
+    """Float32 to one of its two bfloat16 neighbours. random: int64 in [0, 2^32).
 
     What bfloat16 can represent, infinity and NaN stay as they are.
     """
-    high = (_bits(x) + random).masked_fill_(x.isnan(), 0x7FC00000) >> 16
+    high = (_bits(x) + (random >> 16).int()).masked_fill_(x.isnan(), 0x7FC00000) >> 16
     return high.to(torch.int16).view(torch.bfloat16)
 
 
@@ -128,52 +139,52 @@ def _blocks(x: Tensor) -> Tensor:
     return x.view(-1, t.QUANT_BLOCK)
 
 
-def _scaled(x: Tensor, exponents: Tensor) -> Tensor:
-    """[n] times 2^(exponent - 127) of each block; exponents: int32, 0 for zeros."""
-    return (_blocks(x) * _float(exponents << 23)[:, None]).view(-1)[: len(x)]
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """[n] times the scale of each block."""
+    return (_blocks(x) * scale[:, None]).view(-1)[: len(x)]
 
 
 def decode_signed(code: Tensor, exponents: Tensor) -> Tensor:
     """Float32 [n] from codes, uint8 [n], and their blocks' exponents, uint8 [n / 64, up]."""
     whole = code.int()
     bits = ((whole & 0x7F) + t.SIGNED_ZERO) << (23 - t.SIGNED_MANTISSA)
-    x = _scaled(_float(bits) - t.SIGNED_FLOOR, exponents.int())
+    x = _scaled(_float(bits) - t.SIGNED_FLOOR, _float(exponents.int() << 23))
     return _float(_bits(x) | ((whole & 0x80) << 24))
 
 
 def decode_unsigned(code: Tensor, exponents: Tensor) -> Tensor:
     """The same for values that are not negative."""
     bits = (code.int() + t.UNSIGNED_ZERO) << (23 - t.UNSIGNED_MANTISSA)
-    return _scaled(_float(bits) - t.UNSIGNED_FLOOR, exponents.int())
+    x = (_float(bits) - t.UNSIGNED_FLOOR) / 2
+    return _scaled(x, _float((exponents.int() + 1) << 23))
 
 
-def _block_exponents(bits: Tensor, carry: int) -> Tensor:
-    largest = _blocks(bits).amax(1).clamp_(max=0x7F800000)
-    return ((largest + carry) >> 23).clamp_(1, 253)
+def _magnitude(x: Tensor, largest: int) -> Tensor:
+    """|x|, or the largest that has a code, given as bits; in place of NaN, too."""
+    bits = _bits(x) & 0x7FFFFFFF
+    return _float(bits.clamp_(max=largest))
 
 
-def _cut(y: Tensor, between: Tensor | int, shift: int, zero: int) -> Tensor:
-    """Codes from the top bits of y; NaN is above all."""
-    return (((_bits(y) & 0x7FFFFFFF).long() + between) >> shift).int() - zero
+def _block_exponents(magnitude: Tensor, carry: int) -> Tensor:
+    return ((_blocks(_bits(magnitude)).amax(1) + carry) >> 23).clamp_(min=1)
 
 
 def encode_signed(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of float32 values [n], rounded to nearest, and the exponents of their blocks."""
-    bits, shift = _bits(x), 23 - t.SIGNED_MANTISSA
-    magnitude = bits & 0x7FFFFFFF
+    shift = 23 - t.SIGNED_MANTISSA
+    magnitude = _magnitude(x, t.SIGNED_LARGEST)
     exponents = _block_exponents(magnitude, t.SIGNED_CARRY)
-    y = _scaled(_float(magnitude), 254 - exponents) + t.SIGNED_FLOOR
-    code = _cut(y, 1 << (shift - 1), shift, t.SIGNED_ZERO).clamp_(0, 0x7F)
-    return (code | ((bits >> 24) & 0x80)).to(torch.uint8), exponents.to(torch.uint8)
+    y = _scaled(magnitude, _float((254 - exponents) << 23)) + t.SIGNED_FLOOR
+    code = ((_bits(y) + (1 << (shift - 1))) >> shift) - t.SIGNED_ZERO
+    return (code | ((_bits(x) >> 24) & 0x80)).to(torch.uint8), exponents.to(torch.uint8)
 
 
 def encode_unsigned(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of values that are not negative, rounded stochastically. random: int32 in [0, 2^16)."""
+    """Codes of values that are not negative, rounded stochastically; random: int64 < 2^32."""
     shift = 23 - t.UNSIGNED_MANTISSA
-    magnitude = _bits(x) & 0x7FFFFFFF
+    magnitude = _magnitude(x, t.UNSIGNED_LARGEST)
     exponents = _block_exponents(magnitude, t.UNSIGNED_CARRY)
-    y = _scaled(_float(magnitude), 254 - exponents) + t.UNSIGNED_FLOOR
-    between = (random << (shift - 16)) + (1 << (shift - 17))
-    code = _cut(y, between, shift, t.UNSIGNED_ZERO)
-    code = torch.maximum(code, magnitude.clamp(max=1)).clamp_(max=0xFF)
+    y = _scaled(magnitude, _float((254 - exponents) << 23)) + t.UNSIGNED_FLOOR
+    code = ((_bits(y) + (random >> (32 - shift)).int()) >> shift) - t.UNSIGNED_ZERO
+    code = torch.maximum(code, (magnitude != 0).int())
     return code.to(torch.uint8), exponents.to(torch.uint8)

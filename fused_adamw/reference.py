@@ -153,8 +153,8 @@ class Random(NamedTuple):
     key1: int
     place: Place
 
-    def bits(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """32 bits for each element [start, stop) of the part that lies here, int64."""
+    def bits(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Two times 32 bits for each element [start, stop) of the part that lies here, int64."""
         index = torch.arange(start, stop, device=device)
         first, inner, inner_whole = self.place
         if inner:
@@ -193,11 +193,10 @@ def adamw_stored(
             piece["grad"].copy_(g * scalars.unscale)
         old, d = None if measures is None else p.clone(), torch.empty_like(p)
         adamw_update(p, g, m, v, maximum[0] if maximum else None, d, scalars)
-        bits = random.bits(start, start + len(p), p.device)
-        _encode_param(piece, p, (bits & 0xFFFF).int() if storage.stochastic else None)
-        high = (bits >> 16).int()
+        for_second, for_param = random.bits(start, start + len(p), p.device)
+        _encode_param(piece, p, for_param if storage.stochastic else None)
         for name, x in zip(storage.moments, (m, v, *maximum), strict=True):
-            _encode(name, piece, x, high, storage.stochastic and name != "exp_avg")
+            _encode(name, piece, x, for_second, storage.stochastic and name != "exp_avg")
         if measures is not None and old is not None:
             measure(_added(old, m, d, scalars), old, _decoded_param(piece), measures)
 

@@ -247,7 +247,7 @@ def _encoded(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]
         if name == "exp_avg":
             codes, exponents = formats.encode_signed(line)
         else:
-            half = torch.full_like(line, 0x8000, dtype=torch.int32)
+            half = torch.full_like(line, 2**31, dtype=torch.int64)
             codes, exponents = formats.encode_unsigned(line, half)
         memory_line(code).copy_(codes)
         scale.copy_(exponents.view(scale.shape))

@@ -17,6 +17,8 @@ from .codecs import (
     _encode_signed,
     _encode_unsigned,
     _random_bits,
+    _random_words,
+    _repeat,
     _round_stochastic,
 )
 from .columns import (
@@ -56,6 +58,8 @@ _INNER = tl.constexpr(t.INNER)
 _INNER_WHOLE = tl.constexpr(t.INNER_WHOLE)
 
 _QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
+_GROUP = tl.constexpr(t.RANDOM_GROUP)
+_GROUP_SHIFT = tl.constexpr(t.RANDOM_GROUP.bit_length() - 1)
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
 
 _TRITON_DTYPES = {
@@ -158,52 +162,69 @@ def _store(at, value, mask, CACHE: tl.constexpr, EVICTION: tl.constexpr):
 
 @triton.jit
 def _exponents_at(tensor, start, COLUMN: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the exponents of a block's quantisation blocks."""
-    at = tl.load(tensor + COLUMN).to(tl.pointer_type(tl.uint8))
-    return at + start // _QUANT_BLOCK + tl.arange(0, BLOCK // _QUANT_BLOCK)
+    """Pointers to exponents, for each group of 8 elements to that of its quantisation block."""
+    at = tl.load(tensor + COLUMN).to(tl.pointer_type(tl.uint8)) + start // _QUANT_BLOCK
+    return at + tl.arange(0, BLOCK // _GROUP) // (_QUANT_BLOCK // _GROUP)
 
 
 @triton.jit
 def _exponents_mask(first, last, BLOCK: tl.constexpr):
-    begin = tl.arange(0, BLOCK // _QUANT_BLOCK) * _QUANT_BLOCK
+    begin = tl.arange(0, BLOCK // _GROUP) // (_QUANT_BLOCK // _GROUP) * _QUANT_BLOCK
     return (begin >= first) & (begin < last)
 
 
 @triton.jit
-def _random(tensor, scalars, start, lane, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """32 random bits for each element, by its place in the whole tensor."""
-    i = start + lane
+def _in_groups(tensor, COLUMNS: tl.constexpr):
+    """Whether each 8 elements from a block's start on are a random group of the whole tensor."""
+    begins = tl.load(tensor + _FIRST)
+    if COLUMNS:
+        begins |= tl.load(tensor + _INNER) | tl.load(tensor + _INNER_WHOLE)
+    return begins % _GROUP == 0
+
+
+@triton.jit
+def _random(
+    tensor, scalars, start, lane, COLUMNS: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Two times 32 random bits for each element, by its place in the whole tensor."""
+    at = tl.arange(0, BLOCK // _GROUP) * _GROUP if GROUPED else lane
+    i = start + at
     if COLUMNS:  # each row leaves out those of the whole tensor's elements that others have
         inner = tl.load(tensor + _INNER)
         row = start // inner
-        begun = lane - tl.minimum((row + 1) * inner - start, BLOCK).to(tl.int32)
+        begun = at - tl.minimum((row + 1) * inner - start, BLOCK).to(tl.int32)
         more = begun // tl.minimum(inner, BLOCK).to(tl.int32) + 1
         row += tl.where(begun < 0, 0, more)
         i += row * (tl.load(tensor + _INNER_WHOLE) - inner)
     keys = scalars.to(tl.pointer_type(tl.uint32), bitcast=True)
     index = i + tl.load(tensor + _FIRST)
-    return _random_bits(index, tl.load(keys + KEY0), tl.load(keys + KEY1))
+    # shifts: a signed division costs several instructions more
+    x, y = _random_words(index >> _GROUP_SHIFT, tl.load(keys + KEY0), tl.load(keys + KEY1))
+    k = (index & (_GROUP - 1)).to(tl.int32)
+    if GROUPED:  # one hash for 8 elements, whose powers are constants then
+        x, y, k = _repeat(x, _GROUP), _repeat(y, _GROUP), lane % _GROUP
+    return _random_bits(x, k), _random_bits(y, k)
 
 
 @triton.jit
 def _load_second(
     at, exponents_at, mask, exponents_mask, FORMAT: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr, CACHE: tl.constexpr, EVICTION: tl.constexpr,
+    CACHE: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     x = _load(at, mask, CACHE, EVICTION)
     if FORMAT == tl.uint8:
         exponents = tl.load(exponents_at, mask=exponents_mask, other=0)
-        return _decode_unsigned(x, exponents, BLOCK)
+        return _decode_unsigned(x, exponents)
     return x.to(COMPUTE)
 
 
 @triton.jit
 def _store_second(
     at, exponents_at, x, random, mask, exponents_mask, FORMAT: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr, EVICTION: tl.constexpr,
+    STOCHASTIC: tl.constexpr, CACHE: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     if FORMAT == tl.uint8:
-        code, exponents = _encode_unsigned(x, random, BLOCK)
+        code, exponents = _encode_unsigned(x, random)
         tl.store(exponents_at, exponents, mask=exponents_mask)
         _store(at, code, mask, CACHE, EVICTION)
     elif STOCHASTIC and FORMAT == tl.bfloat16:
@@ -245,6 +266,8 @@ def _block(
     if not ALIGNED:
         mask &= lane >= first
     exponents_mask = _exponents_mask(first, last, BLOCK)
+    group = tl.arange(0, BLOCK // _GROUP)
+    exponents_stored = exponents_mask & (group % (_QUANT_BLOCK // _GROUP) == 0)
     p_at = _at(tl.load(tensor + _PARAM), start, lane, PARAM, ALIGNED)
     g_at = _at(grad, start, lane, GRAD, ALIGNED)
     m_at = _at(tl.load(tensor + _EXP_AVG), start, lane, EXP_AVG, ALIGNED)
@@ -254,11 +277,11 @@ def _block(
     g = _load(g_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
     m = _load(m_at, mask, LOAD_CACHE, EVICTION)
     if EXP_AVG == tl.uint8:
-        m = _decode_signed(m, tl.load(m_exponents_at, mask=exponents_mask, other=0), BLOCK)
+        m = _decode_signed(m, tl.load(m_exponents_at, mask=exponents_mask, other=0))
     else:
         m = m.to(COMPUTE)
     v = _load_second(
-        v_at, v_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, BLOCK, LOAD_CACHE, EVICTION
+        v_at, v_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, LOAD_CACHE, EVICTION
     )
     p = _load(p_at, mask, LOAD_CACHE, EVICTION)
     if MASTER == tl.int1:
@@ -272,8 +295,8 @@ def _block(
         v_max_at = _at(tl.load(tensor + _MAX_EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
         v_max_exponents_at = _exponents_at(tensor, start, _MAX_EXP_AVG_SQ_SCALE, BLOCK)
         v_max = _load_second(
-            v_max_at, v_max_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, BLOCK,
-            LOAD_CACHE, EVICTION,
+            v_max_at, v_max_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, LOAD_CACHE,
+            EVICTION,
         )  # fmt: skip
 
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
@@ -304,9 +327,7 @@ def _block(
             v, v_max = tl.where(mask, v, 0.0), tl.where(mask, v_max, 0.0)
     for_param, for_second = 0, 0
     if STOCHASTIC or EXP_AVG_SQ == tl.uint8:
-        random = _random(tensor, scalars, start, lane, COLUMNS, BLOCK)
-        for_param = (random & 0xFFFF).to(tl.int32)
-        for_second = (random >> 16).to(tl.int32)
+        for_second, for_param = _random(tensor, scalars, start, lane, COLUMNS, ALIGNED, BLOCK)
     kept = p  # as it is read in the next step: masters are exact
     if MASTER == tl.int16:
         high, remainder = _encode_remainder(p)
@@ -322,19 +343,19 @@ def _block(
         kept = p.to(PARAM)
         _store(p_at, kept, mask, STORE_CACHE, EVICTION)
     if EXP_AVG == tl.uint8:
-        code, exponents = _encode_signed(m, BLOCK)
-        tl.store(m_exponents_at, exponents, mask=exponents_mask)
+        code, exponents = _encode_signed(m)
+        tl.store(m_exponents_at, exponents, mask=exponents_stored)
         _store(m_at, code, mask, STORE_CACHE, EVICTION)
     else:
         _store(m_at, m.to(EXP_AVG), mask, STORE_CACHE, EVICTION)
     _store_second(
-        v_at, v_exponents_at, v, for_second, mask, exponents_mask, EXP_AVG_SQ, STOCHASTIC, BLOCK,
+        v_at, v_exponents_at, v, for_second, mask, exponents_stored, EXP_AVG_SQ, STOCHASTIC,
         STORE_CACHE, EVICTION,
     )  # fmt: skip
     if AMSGRAD:
         _store_second(
-            v_max_at, v_max_exponents_at, v_max, for_second, mask, exponents_mask, EXP_AVG_SQ,
-            STOCHASTIC, BLOCK, STORE_CACHE, EVICTION,
+            v_max_at, v_max_exponents_at, v_max, for_second, mask, exponents_stored, EXP_AVG_SQ,
+            STOCHASTIC, STORE_CACHE, EVICTION,
         )  # fmt: skip
     measures = tl.zeros([MEASURES], tl.float32)
     if MEASURE:
@@ -362,12 +383,16 @@ def _dispatch(
             # Elements before `vectors` go in 128-bit accesses; the bound is a multiple of the
             # vector, else the mask would break them up. What is left goes one by one: at most 7
             # elements, in 8-bit formats at most 63, so that no quantisation block is cut in two,
-            # or all of an unaligned tensor. Each path casts its own pointers: a shared one would
+            # or all of an unaligned tensor, or of a shard that cuts a random group in two (in which
+            # no 8-bit moments are). Each path casts its own pointers: a shared one would
             # carry the hint across.
+            whole = aligned
+            if SIGNATURES[i][6] or SIGNATURES[i][3] == tl.uint8:
+                whole &= _in_groups(tensor, SIGNATURES[i][7])
             if SIGNATURES[i][2] == tl.uint8 or SIGNATURES[i][3] == tl.uint8:
-                vectors = tl.where(aligned, size // _QUANT_BLOCK, 0) * _QUANT_BLOCK
+                vectors = tl.where(whole, size // _QUANT_BLOCK, 0) * _QUANT_BLOCK
             else:
-                vectors = tl.where(aligned, size // _VECTOR, 0) * _VECTOR
+                vectors = tl.where(whole, size // _VECTOR, 0) * _VECTOR
             if SIGNATURES[i][0] == tl.float64:
                 row = scalars64 + index * SCALARS
             else:
@@ -389,7 +414,7 @@ def _dispatch(
     return measures
 
 
-@triton.jit(do_not_specialize=["n_groups", "n_tensors", "blocks_per_chunk"])
+@triton.jit(do_not_specialize=["n_groups", "n_tensors", "chunk_shift"])
 def _adamw(
     words,  # int64 [n_words]: see table.py
     scalars,  # float32 [n_tensors, SCALARS]
@@ -397,7 +422,7 @@ def _adamw(
     rows,  # float32 [n_programs, MEASURES], written where a program updates; or None
     n_groups,
     n_tensors,
-    blocks_per_chunk,
+    chunk_shift,  # log2 of the blocks in a chunk: a division would cost 2 instructions an element
     SIGNATURES: tl.constexpr,  # t.Signature as a tuple, in Triton's dtypes
     STORE_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -411,11 +436,10 @@ def _adamw(
     tensors = grads + n_tensors
     chunks = tensors + n_tensors * TENSOR_WORDS
     program = tl.program_id(0)
-    chunk = tl.load(chunks + program // blocks_per_chunk)
+    chunk = tl.load(chunks + (program >> chunk_shift))
     index = chunk & 0xFFFFFFFF
-    start = ((chunk >> 32) + program % blocks_per_chunk) * (
-        BLOCKS * BLOCK
-    )  # int64: tensors pass 2^31
+    block = (chunk >> 32) + (program & ((1 << chunk_shift) - 1))
+    start = block * (BLOCKS * BLOCK)  # int64: tensors pass 2^31
     tensor = tensors + index * TENSOR_WORDS
     numel = tl.load(tensor + _NUMEL)
     grad = tl.load(grads + index)
@@ -496,7 +520,7 @@ def _call(
         rows,
         table.n_groups,
         table.n_tensors,
-        table.blocks_per_chunk,
+        table.blocks_per_chunk.bit_length() - 1,
     )
     tuned = table.parameters
     constexprs = {

@@ -13,15 +13,24 @@ from . import table as t
 
 _QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
 _SIGNED_SHIFT = tl.constexpr(23 - t.SIGNED_MANTISSA)
-_HALF = tl.constexpr(1 << (22 - t.SIGNED_MANTISSA))  # of a signed code
+_SIGNED_BITS = tl.constexpr(0x7F << (23 - t.SIGNED_MANTISSA))  # of a code, shifted
+_SIGNED_ZERO = tl.constexpr(t.SIGNED_ZERO << (23 - t.SIGNED_MANTISSA))
 _SIGNED_FLOOR = tl.constexpr(t.SIGNED_FLOOR)
-_SIGNED_ZERO = tl.constexpr(t.SIGNED_ZERO)
 _SIGNED_CARRY = tl.constexpr(t.SIGNED_CARRY)
+_SIGNED_LARGEST = tl.constexpr(t.SIGNED_LARGEST)
+_SIGNED_HALF = tl.constexpr(1 << (22 - t.SIGNED_MANTISSA))
 _UNSIGNED_SHIFT = tl.constexpr(23 - t.UNSIGNED_MANTISSA)
-_MIDDLE = tl.constexpr(1 << (6 - t.UNSIGNED_MANTISSA))  # between two random numbers
+_UNSIGNED_ZERO = tl.constexpr(t.UNSIGNED_ZERO << (23 - t.UNSIGNED_MANTISSA))
+_UNSIGNED_ONE = tl.constexpr((t.UNSIGNED_ZERO + 1) << (23 - t.UNSIGNED_MANTISSA))
 _UNSIGNED_FLOOR = tl.constexpr(t.UNSIGNED_FLOOR)
-_UNSIGNED_ZERO = tl.constexpr(t.UNSIGNED_ZERO)
 _UNSIGNED_CARRY = tl.constexpr(t.UNSIGNED_CARRY)
+_UNSIGNED_LARGEST = tl.constexpr(t.UNSIGNED_LARGEST)
+_BINADE = tl.constexpr(1 << 23)
+_SIGN = tl.constexpr(-(2**31))
+_GROUP = tl.constexpr(t.RANDOM_GROUP)
+_POWER1 = tl.constexpr(t.RANDOM_MULTIPLIER)
+_POWER2 = tl.constexpr(t.RANDOM_MULTIPLIER**2 % 2**32)
+_POWER4 = tl.constexpr(t.RANDOM_MULTIPLIER**4 % 2**32)
 
 
 @triton.jit
@@ -63,14 +72,24 @@ def _decode_master(param, master):
 
 
 @triton.jit
-def _random_bits(index, key0, key1):
-    """32 random bits for each int64 index; keys are uint32."""
-    x = index.to(tl.uint32) + key0 + (index >> 32).to(tl.uint32) * 0x9E3779B9
+def _random_words(group, key0, key1):
+    """Two times 32 random bits for each group of RANDOM_GROUP elements, int64; keys are uint32."""
+    x = group.to(tl.uint32) + key0 + (group >> 32).to(tl.uint32) * 0x9E3779B9
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
     x = x * 0x846CA68B + key1
-    return x ^ (x >> 16)
+    x ^= x >> 16
+    y = x * 0x31848BAB + key0
+    return x, y ^ (y >> 14)
+
+
+@triton.jit
+def _random_bits(word, k):
+    """32 random bits for the k-th element of a group, the upper ones best; k: int32."""
+    x = word * tl.where((k & 1) != 0, _POWER1, 1).to(tl.uint32)
+    x = x * tl.where((k & 2) != 0, _POWER2, 1).to(tl.uint32)
+    return x * tl.where((k & 4) != 0, _POWER4, 1).to(tl.uint32)
 
 
 @triton.jit
@@ -92,71 +111,78 @@ def _random_keys(seed, step, position):
 
 @triton.jit
 def _round_stochastic(x, random):
-    """Float32 to one of its two bfloat16 neighbours; random: int32 in [0, 2^16)."""
-    high = tl.where(x == x, _bits(x) + random, 0x7FC00000) >> 16
+    """Float32 to one of its two bfloat16 neighbours; random: uint32."""
+    high = tl.where(x == x, _bits(x) + (random >> 16).to(tl.int32), 0x7FC00000) >> 16
     return high.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def _spread(x, BLOCK: tl.constexpr):
-    """One value a quantisation block, for each of its elements."""
-    wide = tl.broadcast_to(x[:, None], [BLOCK // _QUANT_BLOCK, _QUANT_BLOCK])
-    return tl.reshape(wide, [BLOCK])
+def _repeat(x, TIMES: tl.constexpr):
+    """[n] as [n * TIMES], each value TIMES times."""
+    wide = tl.broadcast_to(x[:, None], [x.shape[0], TIMES])
+    return tl.reshape(wide, [x.shape[0] * TIMES])
+
+
+# Exponents of blocks are held once for each group of 8 elements, [n / 8]: that is once a thread on
+# the vector path, so that they stay in registers. Held once a block they go through shared memory.
 
 
 @triton.jit
-def _scaled(x, exponents, BLOCK: tl.constexpr):
-    """x times 2^(exponent - 127) of its quantisation block; exponents: int32, 0 for zeros."""
-    return x * _spread(_float(exponents << 23), BLOCK)
+def _decode_signed(code, exponents):
+    """Float32 from codes, uint8 [n], and exponents, uint8 [n / 8]."""
+    shifted = code.to(tl.int8, bitcast=True).to(tl.int32) << _SIGNED_SHIFT  # the sign spreads
+    scale = _float(exponents.to(tl.int32) << 23)
+    x = _float((shifted & _SIGNED_BITS) | _SIGNED_ZERO)
+    x = tl.fma(x, _repeat(scale, _GROUP), _repeat(scale * -_SIGNED_FLOOR, _GROUP))
+    return _float(_bits(x) | (shifted & _SIGN))
 
 
 @triton.jit
-def _decode_signed(code, exponents, BLOCK: tl.constexpr):
-    """Float32 from codes, uint8 [BLOCK], and their blocks' exponents, uint8."""
-    code = code.to(tl.int32)
-    x = _float(((code & 0x7F) + _SIGNED_ZERO) << _SIGNED_SHIFT) - _SIGNED_FLOOR
-    x = _scaled(x, exponents.to(tl.int32), BLOCK)
-    return _float(_bits(x) | ((code & 0x80) << 24))
-
-
-@triton.jit
-def _decode_unsigned(code, exponents, BLOCK: tl.constexpr):
+def _decode_unsigned(code, exponents):
     """The same for values that are not negative."""
-    x = _float((code.to(tl.int32) + _UNSIGNED_ZERO) << _UNSIGNED_SHIFT) - _UNSIGNED_FLOOR
-    return _scaled(x, exponents.to(tl.int32), BLOCK)
+    # half of it, with twice the scale: so shift and addition are one instruction, and no `or`
+    x = _float((code.to(tl.int32) << _UNSIGNED_SHIFT) + (_UNSIGNED_ZERO - _BINADE))
+    scale = _float((exponents.to(tl.int32) + 1) << 23)
+    return tl.fma(x, _repeat(scale, _GROUP), _repeat(scale * (-_UNSIGNED_FLOOR / 2), _GROUP))
 
 
 @triton.jit
-def _block_exponents(bits, CARRY: tl.constexpr, BLOCK: tl.constexpr):
-    """Exponent of the largest value of each quantisation block, from the bits of magnitudes."""
-    largest = tl.max(tl.reshape(bits, [BLOCK // _QUANT_BLOCK, _QUANT_BLOCK]), axis=1)
-    return tl.minimum(tl.maximum((tl.minimum(largest, 0x7F800000) + CARRY) >> 23, 1), 253)
+def _magnitude(x, LARGEST: tl.constexpr):
+    """|x|, or the largest that has a code, given as bits; in place of NaN, too."""
+    largest = tl.full([], LARGEST, tl.int32).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < largest, tl.abs(x), largest)
 
 
 @triton.jit
-def _cut(y, between, SHIFT: tl.constexpr, ZERO: tl.constexpr, LEAST, MOST: tl.constexpr):
-    """Codes, offset by ZERO, from the top bits of y; unsigned, so that NaN is above all."""
-    bits = y.to(tl.uint32, bitcast=True) + between
-    return tl.minimum(tl.maximum((bits >> SHIFT).to(tl.int32), ZERO + LEAST), ZERO + MOST)
+def _block_exponents(magnitude, CARRY: tl.constexpr):
+    """Exponent of the largest value of each quantisation block, int32 [n / 8]."""
+    groups: tl.constexpr = magnitude.shape[0] // _GROUP
+    largest = tl.max(tl.reshape(_bits(magnitude), [groups, _GROUP]), axis=1)  # within a thread
+    in_block: tl.constexpr = _QUANT_BLOCK // _GROUP
+    largest = tl.max(tl.reshape(largest, [groups // in_block, in_block]), axis=1)
+    return _repeat(tl.maximum((largest + CARRY) >> 23, 1), in_block)
 
 
 @triton.jit
-def _encode_signed(x, BLOCK: tl.constexpr):
-    """Codes of float32 values, rounded to nearest, and the exponents of their blocks."""
-    bits = _bits(x)
-    magnitude = bits & 0x7FFFFFFF
-    exponents = _block_exponents(magnitude, _SIGNED_CARRY, BLOCK)
-    y = _scaled(_float(magnitude), 254 - exponents, BLOCK) + _SIGNED_FLOOR
-    code = _cut(y, _HALF, _SIGNED_SHIFT, _SIGNED_ZERO, 0, 0x7F) & 0x7F
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8), exponents.to(tl.uint8)
+def _encode_signed(x):
+    """Codes of float32 values [n], rounded to nearest, and exponents, uint8 [n / 8]."""
+    magnitude = _magnitude(x, _SIGNED_LARGEST)
+    exponents = _block_exponents(magnitude, _SIGNED_CARRY)
+    scale = _float((254 - exponents) << 23)
+    y = tl.fma(magnitude, _repeat(scale, _GROUP), _SIGNED_FLOOR)
+    # the code moves to the top, and above it bit 25 of y, which is set: it is in [2^-3, 2)
+    code = (_bits(y) << (24 - _SIGNED_SHIFT)) + ((_SIGNED_HALF << (24 - _SIGNED_SHIFT)) + _SIGN)
+    code |= _bits(x) & _SIGN
+    return (code >> 24).to(tl.uint8), exponents.to(tl.uint8)
 
 
 @triton.jit
-def _encode_unsigned(x, random, BLOCK: tl.constexpr):
-    """Codes of values that are not negative, rounded stochastically; random: [0, 2^16)."""
-    magnitude = _bits(x) & 0x7FFFFFFF
-    exponents = _block_exponents(magnitude, _UNSIGNED_CARRY, BLOCK)
-    y = _scaled(_float(magnitude), 254 - exponents, BLOCK) + _UNSIGNED_FLOOR
-    between = (random << (_UNSIGNED_SHIFT - 16)) + _MIDDLE
-    code = _cut(y, between, _UNSIGNED_SHIFT, _UNSIGNED_ZERO, tl.minimum(magnitude, 1), 0xFF)
-    return code.to(tl.uint8), exponents.to(tl.uint8)
+def _encode_unsigned(x, random):
+    """The same of values that are not negative, rounded stochastically; random: uint32."""
+    magnitude = _magnitude(x, _UNSIGNED_LARGEST)
+    exponents = _block_exponents(magnitude, _UNSIGNED_CARRY)
+    scale = _float((254 - exponents) << 23)
+    y = tl.fma(magnitude, _repeat(scale, _GROUP), _UNSIGNED_FLOOR)
+    code = _bits(y) + (random >> (32 - _UNSIGNED_SHIFT)).to(tl.int32)
+    code = tl.where(magnitude != 0, tl.maximum(code, _UNSIGNED_ONE), code)
+    return (code >> _UNSIGNED_SHIFT).to(tl.uint8), exponents.to(tl.uint8)

@@ -80,6 +80,16 @@ UNSIGNED_ZERO = (127 - 15) << UNSIGNED_MANTISSA
 # is rounded up leaves the codes: 2 is the end, and floor and (half of) a code come on top.
 SIGNED_CARRY = (1 << 20) + (1 << 17)
 UNSIGNED_CARRY = 1 << 19
+# Bits of the largest number whose block's exponent is 253: the scales of encoding and decoding,
+# 2^-126 and 2^127, are the ends of float32's normal numbers. Larger ones count as this.
+SIGNED_LARGEST = (254 << 23) - SIGNED_CARRY - 1
+UNSIGNED_LARGEST = (254 << 23) - UNSIGNED_CARRY - 1
+
+# Random bits: a hash for 8 elements, which one thread has, and for each of them a multiple of it
+# by the power of a multiplier. Taken modulo 2^32, any two and any three of these 8 have a spectral
+# figure of merit of at least 0.51, the best of 6,000 multipliers drawn at random.
+RANDOM_GROUP = 8
+RANDOM_MULTIPLIER = 0x25D88DFD
 
 EMPTY_GRAD = 1  # stands for the address of a gradient without elements: present, never read
 
