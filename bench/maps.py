@@ -86,7 +86,7 @@ def shipped_signed(x: Tensor) -> Tensor:
 
 def shipped_unsigned(x: Tensor) -> Tensor:
     """What FusedAdamW keeps of second moments."""
-    random = torch.randint(2**16, x.shape, dtype=torch.int32)
+    random = torch.randint(2**32, x.shape)
     return formats.decode_unsigned(*formats.encode_unsigned(x, random))
 
 
@@ -94,7 +94,7 @@ def bf16(x: Tensor, stochastic: bool) -> Tensor:
     """16 bits, to compare with."""
     if not stochastic:
         return x.bfloat16().float()
-    return formats.round_stochastic(x, torch.randint(2**16, x.shape, dtype=torch.int32)).float()
+    return formats.round_stochastic(x, torch.randint(2**32, x.shape)).float()
 
 
 @dataclass(frozen=True)

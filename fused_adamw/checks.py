@@ -15,12 +15,12 @@ from .layouts import FLOATS, REALS, overlaps_itself
 from .shards import is_sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# All that a state may have besides "step", and its dtype if there is but one.
-STORED: dict[str, torch.dtype | None] = {
-    **dict.fromkeys(MOMENTS),
-    **{f"{name}{end}": torch.uint8 for name in MOMENTS for end in ("_q", "_scale")},
-    "master_remainder": torch.int16,
-    "master_param": torch.float32,
+# All that a state may have besides "step", and its dtypes, the one that is kept first; (): any.
+STORED: dict[str, tuple[torch.dtype, ...]] = {
+    **dict.fromkeys(MOMENTS, ()),
+    **{f"{name}{end}": (torch.uint8,) for name in MOMENTS for end in ("_q", "_scale")},
+    "master_remainder": (torch.bfloat16, torch.int16),
+    "master_param": (torch.float32,),
 }
 
 
@@ -153,10 +153,13 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
                 f"{key} of {name} is conjugated or negated only when it is read: its memory holds "
                 "other values than it shows. Use .resolve_conj().resolve_neg()."
             )
-        if wanted is not None and x.dtype != wanted:
-            raise TypeError(f"{key} of {name} is {x.dtype}; it is kept in {wanted}.")
+        if wanted and x.dtype not in wanted:
+            raise TypeError(
+                f"{key} of {name} is {x.dtype}; it is kept in {wanted[0]}. Load it as it was "
+                "saved: no cast keeps the bits of codes, remainders and masters."
+            )
         floating = x.is_complex() == param.is_complex() and REALS.get(x.dtype, x.dtype) in FLOATS
-        if wanted is None and not floating:
+        if not wanted and not floating:
             raise TypeError(f"{key} of {name} is {x.dtype} while the param is {param.dtype}.")
         if key.endswith("_scale") and x.numel() != -(-param.numel() // QUANT_BLOCK):
             raise RuntimeError(

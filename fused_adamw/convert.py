@@ -68,7 +68,7 @@ def convert_to_bf16_(model: Model, optimizer: FusedAdamW) -> Model:
         if p.grad is not None:
             p.grad.data = p.grad.data.to(torch.bfloat16)
         state = optimizer.state[p]
-        state[storing.REMAINDER] = remainder
+        state[storing.REMAINDER] = remainder.view(torch.bfloat16)
         like = p if is_dense(p) else torch.empty_like(p, memory_format=torch.preserve_format)
         storage = storing.storage_of(group, p)
         state.update(storing.make(storage, like, state, storing.lacking(storage, like, state)))

@@ -336,7 +336,7 @@ class FusedAdamW(Optimizer):
             }
             norms: dict[torch.device, Tensor] = {}
             if clipping.wanted:
-                norms = self._sums(plan, grads, tables, memories, found_inf)
+                norms = self._sums(plan, self._own_sums(plan, grads, tables, memories), found_inf)
             for device, entries in plan.by_device.items():
                 if device in tables:
                     norm = None
@@ -438,20 +438,14 @@ class FusedAdamW(Optimizer):
         return rows
 
     def _sums(
-        self,
-        plan: Plan,
-        grads: Grads,
-        tables: Mapping[torch.device, t.Table],
-        memories: Mapping[torch.device, t.Memory],
-        found_inf: Tensor | None,
+        self, plan: Plan, own: dict[norming.Ranks, list[Tensor]], found_inf: Tensor | None
     ) -> dict[torch.device, Tensor]:
         """Sums of squares of all gradients, as each device of the plan needs them."""
         everywhere, (_, group) = list(plan.by_device), plan.norm_over
         if not everywhere:  # this rank has nothing to update, but others wait for its part
             params = flat(self.param_groups)
             everywhere = [local(params[0]).device if params else norming.device_of(group)]
-        parts = self._own_sums(plan, grads, tables, memories)
-        return norming.add_up(parts, everywhere, group, found_inf)
+        return norming.add_up(own, everywhere, group, found_inf)
 
     def _own_sums(
         self,
@@ -499,6 +493,10 @@ class FusedAdamW(Optimizer):
         * ``param_rms``: that of the params, after the step;
         * ``lost_updates``: share, in [0, 1], of the updates other than zero that rounding undid:
           the param is what it was.
+
+        A param with a master counts as its master: what the master keeps is not lost. Stochastic
+        rounding undoes most of the small updates, and makes the others as much larger: their mean
+        is right whatever the share.
 
         They are those of whole params: DTensors are added up over their mesh, replicas counted
         once, so that every rank has to call this. Complex elements count as two. Zeros for a group

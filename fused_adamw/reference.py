@@ -16,7 +16,7 @@ from . import formats
 from .kernels import table as t
 from .layouts import memory_line
 from .shards import Place
-from .storage import MASTER, REMAINDER, Storage, decoded
+from .storage import MASTER, REMAINDER, Storage, decoded, encoded
 
 # Elements: 1 MiB of each float32 stream. On 2 cores of an AMD EPYC with 32 MiB of L3, one thread:
 # 32k 2.5x, 64k 2.9x, 128k 3.3x, 256k 3.5x the speed of torch's default (one tensor of 20M).
@@ -179,6 +179,8 @@ def adamw_stored(
     """
     lines = {key: memory_line(x) for key, x in state.items() if key in storage.keys}
     lines |= {"param": memory_line(param), "grad": memory_line(grad)}
+    if REMAINDER in lines:
+        lines[REMAINDER] = lines[REMAINDER].view(torch.int16)
     size = PIECE_PER_THREAD * torch.get_num_threads()  # whole quantisation blocks
     for start in range(0, param.numel(), size):
         piece = {
@@ -235,10 +237,7 @@ def _encode(
     name: str, piece: Mapping[str, Tensor], x: Tensor, random: Tensor, stochastic: bool
 ) -> None:
     if name not in piece:
-        encoded = (
-            formats.encode_signed(x) if name == "exp_avg" else formats.encode_unsigned(x, random)
-        )
-        for key, value in zip(("_q", "_scale"), encoded, strict=True):
+        for key, value in zip(("_q", "_scale"), encoded(name, x, random), strict=True):
             piece[name + key].copy_(value)
     elif stochastic and piece[name].dtype == torch.bfloat16:
         piece[name].copy_(formats.round_stochastic(x, random))

@@ -23,7 +23,7 @@ from .checks import param_name
 from .kernels import table as t
 from .launch import is_capturing
 from .optimizer import _OPTIONS, FusedAdamW
-from .plan import Grads, Plan, flat
+from .plan import Plan, flat
 from .shards import is_sharded, local
 
 if TYPE_CHECKING:
@@ -389,15 +389,10 @@ class _Part(FusedAdamW):
             self._update()
 
     def _sums(
-        self,
-        plan: Plan,
-        grads: Grads,
-        tables: Mapping[torch.device, t.Table],
-        memories: Mapping[torch.device, t.Memory],
-        found_inf: Tensor | None,
+        self, plan: Plan, own: dict[norming.Ranks, list[Tensor]], found_inf: Tensor | None
     ) -> dict[torch.device, Tensor]:
         """Those of the last step, and this one's kept for the next."""
-        self.own_sums = self._own_sums(plan, grads, tables, memories)
+        self.own_sums = own
         return {
             device: self._last_sums[device]
             if device in self._last_sums

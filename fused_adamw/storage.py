@@ -3,6 +3,11 @@
 The codes themselves are in formats.py. A moment in 8 bits has two tensors in the state, `exp_avg_q`
 and `exp_avg_scale`: keys of its own, so that torch refuses the state rather than taking codes for
 numbers.
+
+A remainder's 16 bits are kept as a bfloat16 tensor, though they are no number (they may look like
+NaN): `.view(torch.int16)` reads them. Neither gloo nor NCCL carries int16, so checkpoints could not
+be gathered; and who casts states to the param's dtype, as torch's own `load_state_dict` does,
+leaves them alone.
 """
 
 from __future__ import annotations
@@ -70,7 +75,7 @@ class Storage(NamedTuple):
 
     exp_avg: torch.dtype | None  # uint8: 8 bits; None: as it is, at first the param's
     exp_avg_sq: torch.dtype | None
-    master: torch.dtype | None  # int16: a remainder, float32: a copy
+    master: torch.dtype | None  # what its bits are: int16, a remainder; float32, a copy
     stochastic: bool
     amsgrad: bool
 
@@ -101,6 +106,8 @@ def describe(storage: Storage, param: Tensor) -> str:
     def name(dtype: torch.dtype | None) -> str:
         if dtype == torch.uint8:
             return f"8 bits in blocks of {t.QUANT_BLOCK}"
+        if dtype == torch.int16:
+            return "16 bits"
         return str(param.dtype if dtype is None else dtype).removeprefix("torch.")
 
     parts = [name(param.dtype)]
@@ -179,7 +186,11 @@ def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[st
     if storage.master is not None:
         key = storage.keys[-1]
         x = state.get(key)
-        if x is None or not same_strides(like.shape, x.stride(), like.stride()):
+        if (
+            x is None
+            or x.dtype == torch.int16  # a remainder's bits as such
+            or not same_strides(like.shape, x.stride(), like.stride())
+        ):
             keys.append(key)
     return keys
 
@@ -195,7 +206,7 @@ def make(
             continue
         x = decoded(name, state)
         if dtype == torch.uint8:
-            made.update(zip(own, _encoded(name, x, like), strict=True))
+            made.update(zip(own, _quantised(name, x, like), strict=True))
             continue
         if dtype is None:
             twin = state.get("exp_avg_sq") if name == "max_exp_avg_sq" else None
@@ -238,17 +249,22 @@ def decoded(name: str, state: Mapping[str, Any]) -> Tensor | None:
     return values
 
 
-def _encoded(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and exponents, rounded to nearest."""
+def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and exponents of a moment [n]; second ones by random bits, or else to nearest."""
+    if name == "exp_avg":
+        return formats.encode_signed(x)
+    if random is None:
+        random = torch.full_like(x, 2**31, dtype=torch.int64)
+    return formats.encode_unsigned(x, random)
+
+
+def _quantised(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and exponents as the state keeps them, rounded to nearest."""
     code = torch.zeros_like(like, dtype=torch.uint8, requires_grad=False)
     scale = torch.zeros(scale_shape(like), dtype=torch.uint8, device=like.device)
     if x is not None and x.numel():
         line = memory_line(torch.empty_like(code, dtype=torch.float32).copy_(x))
-        if name == "exp_avg":
-            codes, exponents = formats.encode_signed(line)
-        else:
-            half = torch.full_like(line, 2**31, dtype=torch.int64)
-            codes, exponents = formats.encode_unsigned(line, half)
+        codes, exponents = encoded(name, line)
         memory_line(code).copy_(codes)
         scale.copy_(exponents.view(scale.shape))
     return code, scale
@@ -261,7 +277,9 @@ def _made_master(key: str, param: Tensor, state: Mapping[str, Any]) -> Tensor:
         given = state[MASTER].to(param.device, torch.float32)
         shown = formats.encode_remainder(given)[0] if key == REMAINDER else given.to(param.dtype)
         master = torch.where(shown == param, given, master)
-    elif REMAINDER in state and state[REMAINDER].dtype == torch.int16 and key == REMAINDER:
-        return torch.empty_like(param, dtype=torch.int16).copy_(state[REMAINDER])
-    x = formats.encode_remainder(master)[1] if key == REMAINDER else master
+    elif REMAINDER in state and key == REMAINDER:
+        return torch.empty_like(param).copy_(state[REMAINDER].view(torch.bfloat16))
+    x = master
+    if key == REMAINDER:
+        x = formats.encode_remainder(master)[1].view(torch.bfloat16)
     return torch.empty_like(param, dtype=x.dtype, requires_grad=False).copy_(x)

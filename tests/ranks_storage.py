@@ -1,32 +1,28 @@
-"""What each rank of tests/test_storage_across_ranks.py runs: formats of DTensors."""
+"""What each rank of tests/test_storage_across_ranks.py runs: formats of DTensors, FSDP1, ZeRO-1."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
-import ranks
+import pytest
 import torch
 import torch.distributed as dist
+from ranks import whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from truth import same_bits
 
-from fused_adamw import FusedAdamW, storage
-
-
-def whole(x: Tensor) -> Tensor:
-    """All of a DTensor, on every rank; neither gloo nor NCCL knows int16."""
-    if not isinstance(x, DTensor) or x.dtype != torch.int16:
-        return ranks.whole(x)
-    wide = DTensor.from_local(
-        x.to_local().int(), x.device_mesh, x.placements, shape=x.shape, stride=x.stride()
-    )
-    return ranks.whole(wide).short()
+from fused_adamw import FusedAdamW
+from fused_adamw.shards import local
 
 
 def sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backend: str) -> None:
@@ -61,13 +57,13 @@ def sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backend: s
         own, state = ours.state[p], oracle.state[q]
         assert own.keys() == state.keys(), layouts[i]
         for key, x in own.items():
-            assert torch.equal(whole(x), state[key]), (layouts[i], key)
+            assert same_bits(whole(x), state[key]), (layouts[i], key)
     saved = ours.state_dict()
     again = make(params, lr=0.01, **options)
     again.load_state_dict(saved)
     for p in params:
         for key, x in ours.state[p].items():
-            assert torch.equal(whole(again.state[p][key]), whole(x)), key
+            assert same_bits(whole(again.state[p][key]), whole(x)), key
 
 
 def rows_that_are_no_blocks() -> None:
@@ -99,36 +95,171 @@ class Net(nn.Module):
         return y
 
 
+def fsdp2(options: dict[str, Any]) -> tuple[nn.Module, FusedAdamW]:
+    """A bfloat16 model of 5 and 3 rows: some ranks have fewer of them, some none."""
+    torch.manual_seed(1)
+    net = Net().bfloat16()
+    fully_shard(net)
+    make: Any = FusedAdamW
+    return net, make(net.parameters(), lr=0.01, **options)
+
+
+def step_alike(optimizer: FusedAdamW, step: int) -> None:
+    """A step with gradients that do not depend on the number of ranks."""
+    torch.manual_seed(step)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = distribute_tensor(
+            torch.randn(p.shape).bfloat16(), p.device_mesh, p.placements, src_data_rank=None
+        )
+    optimizer.step()
+
+
+def awkward(shape: torch.Size) -> Tensor:
+    """Remainders that look like infinity, NaN of both kinds, and numbers."""
+    bits = torch.arange(shape.numel()) * 51 + 0x7F80
+    return bits.to(torch.int16).view(torch.bfloat16).view(shape)
+
+
+def put_awkward_remainders(optimizer: FusedAdamW) -> None:
+    for p, state in optimizer.state.items():
+        if "master_remainder" in state:
+            x = local(state["master_remainder"])
+            given = distribute_tensor(awkward(p.shape), p.device_mesh, p.placements)  # type: ignore[attr-defined]
+            x.view(torch.int16).copy_(local(given).view(torch.int16))
+
+
 def checkpoint(options: dict[str, Any]) -> None:
     """torch.distributed.checkpoint's dicts under FSDP2: bit-exact, also gathered whole and back."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    def build() -> tuple[nn.Module, FusedAdamW]:
-        torch.manual_seed(1)
-        net = Net().bfloat16()
-        fully_shard(net)
-        make: Any = FusedAdamW
-        return net, make(net.parameters(), lr=0.01, **options)
-
-    def backward(net: nn.Module, step: int) -> None:
-        torch.manual_seed(step)
-        net.zero_grad()
-        net(torch.randn(4, 128).bfloat16()).square().mean().backward()
-
-    net, optimizer = build()
+    net, optimizer = fsdp2(options)
     for step in range(2):
-        backward(net, step)
-        optimizer.step()
-    for full in (False, True) if "master_weights" not in options else (False,):
+        step_alike(optimizer, step)
+    put_awkward_remainders(optimizer)
+    for full in (False, True):
         how = StateDictOptions(full_state_dict=full)
         saved = get_optimizer_state_dict(net, optimizer, options=how)
-        other, loaded = build()
+        other, loaded = fsdp2(options)
         set_optimizer_state_dict(other, loaded, saved, options=how)
         for p, q in zip(net.parameters(), other.parameters(), strict=True):
             assert optimizer.state[p].keys() == loaded.state[q].keys()
-            for name in ("exp_avg", "exp_avg_sq"):
-                a = storage.decoded(name, {k: whole(x) for k, x in optimizer.state[p].items()})
-                b = storage.decoded(name, {k: whole(x) for k, x in loaded.state[q].items()})
-                assert a is not None
-                assert b is not None
-                assert torch.equal(a, b), (name, full)
+            for key, x in optimizer.state[p].items():
+                assert same_bits(local(x), local(loaded.state[q][key])), (key, full)
+
+
+def save_whole(folder: Path, options: dict[str, Any]) -> None:
+    """Train two steps, leave the whole state in a file of rank 0, then train a third."""
+    net, optimizer = fsdp2(options)
+    for step in range(2):
+        step_alike(optimizer, step)
+    put_awkward_remainders(optimizer)
+    how = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_optimizer_state_dict(net, optimizer, options=how)
+    before = {name: whole(p.detach()) for name, p in net.named_parameters()}
+    if dist.get_rank() == 0:  # before the step: torch leaves what is on the CPU where it is
+        torch.save((saved, before), folder / "whole.pt")
+    step_alike(optimizer, 2)
+    after = {name: whole(p.detach()) for name, p in net.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save(after, folder / "after.pt")
+
+
+def load_whole(folder: Path, options: dict[str, Any]) -> None:
+    """Rank 0 reads it and sends each rank its part; the third step is theirs, to the bit."""
+    saved, before = torch.load(folder / "whole.pt", weights_only=True)
+    after = torch.load(folder / "after.pt", weights_only=True)
+    net, optimizer = fsdp2(options)
+    for name, p in net.named_parameters():
+        p.data.copy_(distribute_tensor(before[name], p.device_mesh, p.placements))  # type: ignore[attr-defined]
+    set_optimizer_state_dict(
+        net,
+        optimizer,
+        saved if dist.get_rank() == 0 else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    for name, p in net.named_parameters():
+        state, expected = optimizer.state[p], saved["state"][name]
+        assert state.keys() == expected.keys()
+        for key, x in state.items():
+            assert same_bits(whole(x), expected[key]), (name, key)
+        if "master_remainder" in state:
+            assert same_bits(expected["master_remainder"], awkward(p.shape))
+    step_alike(optimizer, 2)
+    for name, p in net.named_parameters():
+        assert torch.equal(whole(p.detach()), after[name]), name
+
+
+def backward(net: nn.Module, step: int) -> None:
+    torch.manual_seed(10 * step + dist.get_rank())
+    net.zero_grad()
+    net(torch.randn(4, 128).bfloat16()).square().mean().backward()
+
+
+def fsdp1() -> None:
+    """FSDP1's own dict has remainders and moments of any dtype whole; 8-bit ones it refuses."""
+
+    def build(options: dict[str, Any]) -> tuple[nn.Module, FusedAdamW]:
+        torch.manual_seed(1)
+        net = FullyShardedDataParallel(Net().bfloat16(), device_id=torch.device("cpu"))
+        make: Any = FusedAdamW
+        return net, make(net.parameters(), lr=0.01, master_weights=True, **options)
+
+    get = FullyShardedDataParallel.optim_state_dict
+    for options in ({}, {"state_dtype": torch.float32}):
+        net, optimizer = build(options)
+        for step in range(2):
+            backward(net, step)
+            optimizer.step()
+        state = next(iter(optimizer.state.values()))
+        bits = state["master_remainder"].view(torch.int16)
+        bits.copy_(awkward(bits.shape).view(torch.int16))
+        saved = get(net, optimizer)
+        other, loaded = build(options)
+        loaded.load_state_dict(
+            FullyShardedDataParallel.optim_state_dict_to_load(other, loaded, saved)
+        )
+        again = next(iter(loaded.state.values()))
+        assert state.keys() == again.keys()
+        for key, x in state.items():
+            # 663 elements: the 332nd of rank 1 is padding
+            assert same_bits(x.view(-1)[:331], again[key].view(-1)[:331]), key
+    net, optimizer = build({"state_dtype": "int8"})
+    backward(net, 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="invalid tensor size"):
+        get(net, optimizer)
+
+
+def zero1(options: dict[str, Any]) -> None:
+    """ZeRO-1's consolidated state is loaded by another one, which goes on with the same bits."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns, which pytest refuses
+
+    def build() -> tuple[nn.Module, ZeroRedundancyOptimizer]:
+        torch.manual_seed(1)
+        net = Net().bfloat16()
+        return net, ZeroRedundancyOptimizer(net.parameters(), FusedAdamW, lr=0.01, **options)
+
+    def train(net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        torch.manual_seed(step)
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape).bfloat16()
+        optimizer.step()
+
+    net, optimizer = build()
+    for step in range(2):
+        train(net, optimizer, step)
+    for state in optimizer.optim.state.values():
+        bits = state["master_remainder"].view(torch.int16)
+        bits.copy_(awkward(bits.shape).view(torch.int16))
+    optimizer.consolidate_state_dict(to=0)
+    sent = [optimizer.state_dict() if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(sent)
+    other, loaded = build()
+    other.load_state_dict(net.state_dict())
+    loaded.load_state_dict(copy.deepcopy(sent[0]))  # ZeRO takes over the tensors themselves
+    train(net, optimizer, 2)
+    train(other, loaded, 2)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        state, again = optimizer.optim.state.get(p, {}), loaded.optim.state.get(q, {})
+        assert state.keys() == again.keys()
+        for key, x in state.items():
+            assert same_bits(x, again[key]), key

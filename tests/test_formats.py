@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -49,11 +48,13 @@ def same_bits(a: Tensor, b: Tensor) -> None:
     assert not wrong.any(), (int(wrong.nonzero()[0]), a[wrong][:4], b[wrong][:4])
 
 
-def in_blocks(kernel: Any, inputs: list[Tensor], outputs: list[tuple[torch.dtype, int]]) -> Any:
+def in_blocks(
+    kernel: Any, inputs: list[Tensor], outputs: list[tuple[torch.dtype, int]], *constants: Any
+) -> Any:
     """Run a codec over inputs of whole blocks of N, [n] or [n / 64]; outputs: dtype, divisor."""
     n = len(inputs[0])
     outs = [torch.full((n // by,), 77, dtype=d, device=inputs[0].device) for d, by in outputs]
-    kernel[(n // N,)](*inputs, *outs, N)
+    kernel[(n // N,)](*inputs, *outs, *constants, N)
     return outs[0] if len(outs) == 1 else outs
 
 
@@ -62,9 +63,9 @@ def padded(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _decode_remainder(high, remainder, out, BLOCK: tl.constexpr):
+def _one_of_two(a, b, out, CODEC: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + i, codecs._decode_remainder(tl.load(high + i), tl.load(remainder + i)))
+    tl.store(out + i, CODEC(tl.load(a + i), tl.load(b + i)))
 
 
 @triton.jit
@@ -73,12 +74,6 @@ def _encode_remainder(x, high, remainder, BLOCK: tl.constexpr):
     a, b = codecs._encode_remainder(tl.load(x + i))
     tl.store(high + i, a)
     tl.store(remainder + i, b)
-
-
-@triton.jit
-def _decode_master(param, master, out, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + i, codecs._decode_master(tl.load(param + i), tl.load(master + i)))
 
 
 @triton.jit
@@ -121,25 +116,11 @@ def _encode(x, random, code, exponent, SIGNED: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _decode(code, exponent, out, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _decode(code, exponent, out, CODEC: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0) * BLOCK
     i = start + tl.arange(0, BLOCK)
     e = tl.load(exponent + start // 64 + tl.arange(0, BLOCK // 8) // 8)
-    if SIGNED:
-        x = codecs._decode_signed(tl.load(code + i), e)
-    else:
-        x = codecs._decode_unsigned(tl.load(code + i), e)
-    tl.store(out + i, x)
-
-
-def signed_or_not(kernel: Any, signed: bool) -> Any:
-    """A launch with SIGNED put in before BLOCK."""
-
-    class Launch:
-        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            return lambda *a: kernel[grid](*a[:-1], signed, a[-1])
-
-    return Launch()
+    tl.store(out + i, CODEC(tl.load(code + i), e))
 
 
 @each("remainder", [0, 1, -1, 0x7FFF, -0x8000, 0x1234, "random"])
@@ -151,9 +132,8 @@ def test_decode_remainder_of_all_bfloat16(device: torch.device, remainder: Any) 
         rest = torch.full((2**16,), remainder, dtype=torch.int16)
     got = formats.decode_remainder(high, rest)
     if device.type == "cuda" or remainder in ("random", -1):  # 64 programs, 10 ms each
-        twin = in_blocks(
-            _decode_remainder, [high.to(device), rest.to(device)], [(torch.float32, 1)]
-        )
+        inputs = [high.to(device), rest.to(device)]
+        twin = in_blocks(_one_of_two, inputs, [(torch.float32, 1)], codecs._decode_remainder)
         same_bits(got, twin)
     seen = high.float()
     # a weight that was written from outside is followed to half a unit of its last place
@@ -193,14 +173,16 @@ def test_decode_master(device: torch.device) -> None:
     got = formats.decode_master(param, master)
     assert torch.equal(got[1::3], master[1::3])
     assert (got[::3] == 2.5).all()
-    same_bits(got, in_blocks(_decode_master, [param, master], [(torch.float32, 1)]))
+    outputs = [(torch.float32, 1)]
+    same_bits(got, in_blocks(_one_of_two, [param, master], outputs, codecs._decode_master))
 
 
 def test_stochastic_rounding_twins_and_what_stays(device: torch.device) -> None:
     x = padded(awkward()).to(device)
     random = torch.randint(0, 2**32, x.shape, device=device)
     got = formats.round_stochastic(x, random)
-    same_bits(got, in_blocks(_round_stochastic, [x, random], [(torch.bfloat16, 1)]))
+    outputs = [(torch.bfloat16, 1)]
+    same_bits(got, in_blocks(_round_stochastic, [x, random], outputs))
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     for r in (0, 2**16, 2**31, 2**32 - 1):
         kept = formats.round_stochastic(every.float(), torch.full((2**16,), r))
@@ -306,6 +288,7 @@ def test_all_codes_of_all_exponents(device: torch.device, signed: bool) -> None:
     """Each code decodes to a value of its own, in order, and is encoded as itself again."""
     code = torch.arange(256, dtype=torch.uint8)
     decode = formats.decode_signed if signed else formats.decode_unsigned
+    twins = codecs._decode_signed if signed else codecs._decode_unsigned
     for exponent in (1, 2, 20, 127, 200, 253):
         e = torch.full((4,), exponent, dtype=torch.uint8)
         x = decode(code, e)
@@ -315,9 +298,7 @@ def test_all_codes_of_all_exponents(device: torch.device, signed: bool) -> None:
         assert not signed or torch.equal(x[128:], -magnitudes)
         assert magnitudes[-1] < 2.0 ** (exponent - 126)
         wide, e = padded(code), torch.cat([e, e.new_full((12,), exponent)])
-        twin = in_blocks(
-            signed_or_not(_decode, signed), [wide.to(device), e.to(device)], [(torch.float32, 1)]
-        )
+        twin = in_blocks(_decode, [wide.to(device), e.to(device)], [(torch.float32, 1)], twins)
         same_bits(decode(wide, e), twin)
         # blocks of 64 that hold their largest code: the exponent comes back, and so do the codes
         top = torch.full((256,), 127 if signed else 255, dtype=torch.uint8)
@@ -338,9 +319,7 @@ def test_encode_twins(device: torch.device, signed: bool, kind: str) -> None:
     x = padded(x if signed else x.abs()).to(device)
     random = torch.randint(0, 2**32, x.shape, device=device)
     own = formats.encode_signed(x) if signed else formats.encode_unsigned(x, random)
-    twins = in_blocks(
-        signed_or_not(_encode, signed), [x, random], [(torch.uint8, 1), (torch.uint8, 64)]
-    )
+    twins = in_blocks(_encode, [x, random], [(torch.uint8, 1), (torch.uint8, 64)], signed)
     for a, b in zip(own, twins, strict=True):
         same_bits(a, b)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from truth import TrueAdamW, real64
 
-from fused_adamw import FusedAdamW, launch, optimizer, telemetry
+from fused_adamw import FusedAdamW, formats, launch, optimizer, reference, storage, telemetry
 from fused_adamw import plan as planning
 from fused_adamw.kernels import table as t
 from fused_adamw.kernels.launch_parameters import LaunchParameters
@@ -43,10 +43,20 @@ def set_grads(step: int, params: Sequence[Parameter], scale: float = 1.0) -> Non
         p.grad = None if absent else scale * torch.randn_like(p)
 
 
+def kept_of(adamw: FusedAdamW, p: Parameter) -> Tensor:
+    """What the optimizer keeps of a param: its master if it has one. Float64, on the CPU."""
+    state = adamw.state.get(p, {})
+    if "master_remainder" in state:
+        bits = state["master_remainder"].view(torch.int16)
+        return real64(formats.decode_remainder(p.detach(), bits))
+    return real64(state.get("master_param", p))
+
+
 class Expected:
     """Metrics of one step, from values before and after it, in float64."""
 
     def __init__(self, adamw: FusedAdamW, unscale: float = 1.0) -> None:
+        self.adamw = adamw
         self.groups: list[list[tuple[Parameter, Tensor, Tensor]]] = []
         for group in adamw.param_groups:
             own = []
@@ -56,22 +66,32 @@ class Expected:
                 names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
                 options = {k: group[k] for k in (*names, "decoupled_weight_decay")}
                 true = TrueAdamW(p, **options)
-                kept = adamw.state.get(p, {})
-                if kept:  # moments as they are stored, so that their rounding does not count
-                    true.t = int(kept["step"])
-                    true.m, true.v = real64(kept["exp_avg"]), real64(kept["exp_avg_sq"])
-                    true.v_max = real64(kept.get("max_exp_avg_sq", kept["exp_avg_sq"]))
+                true.p = before = kept_of(adamw, p)
+                state = adamw.state.get(p, {})
+                if state:  # moments as they are stored, so that their rounding does not count
+                    true.t = int(state["step"])
+                    for key, name in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                        setattr(true, key, self.moment(state, name))
+                    true.v_max = true.v
+                    if group["amsgrad"]:
+                        true.v_max = self.moment(state, "max_exp_avg_sq")
                 true.step(p.grad * unscale)
-                before = real64(p)
                 own.append((p, before, true.p - before))
             self.groups.append(own)
+
+    @staticmethod
+    def moment(state: dict[str, Tensor], name: str) -> Tensor:
+        stored = storage.decoded(name, state)
+        assert stored is not None
+        return real64(stored)
 
     def check(self, metrics: dict[str, Tensor]) -> None:
         assert all(metrics[name].shape == (len(self.groups),) for name in NAMES)
         assert all(metrics[name].dtype == F64 for name in NAMES)
         for number, own in enumerate(self.groups):
             added = torch.cat([x.reshape(-1) for *_, x in own] or [torch.zeros(0)])
-            after = torch.cat([real64(p).reshape(-1) for p, *_ in own] or [torch.zeros(0)])
+            kept = [kept_of(self.adamw, p).reshape(-1) for p, *_ in own]
+            after = torch.cat(kept or [torch.zeros(0)])
             before = torch.cat([x.reshape(-1) for _, x, _ in own] or [torch.zeros(0)])
             lost = ((after == before) & (added != 0)).sum() / max(1, int((added != 0).sum()))
             values = (
@@ -115,6 +135,30 @@ def test_as_float64_tells(
         assert metrics["grad_norm"] == 0, "nothing asked for the norm"
 
 
+@each("amsgrad", [False, True])
+def test_storage_formats(
+    device: torch.device, backend: Any, amsgrad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is kept: masters, rounded weights, decoded moments; a group for each format."""
+    monkeypatch.setattr(reference, "PIECE_PER_THREAD", t.QUANT_BLOCK)
+    kinds: list[tuple[torch.dtype, dict[str, Any]]] = [
+        (BF16, {"master_weights": True, "state_dtype": F32}),
+        (BF16, {"master_weights": True, "state_dtype": "int8"}),
+        (F16, {"master_weights": True, "state_dtype": F32}),
+        (BF16, {"stochastic_rounding": True}),
+        (BF16, {"stochastic_rounding": True, "state_dtype": (F32, "int8")}),
+        (F32, {"state_dtype": "int8"}),
+    ]
+    groups = [{"params": make_params(device, [dtype]), **options} for dtype, options in kinds]
+    params = [p for group in groups for p in group["params"]]
+    adamw = FusedAdamW(groups, amsgrad=amsgrad, backend=backend, group_metrics=True)
+    for step in range(3):
+        set_grads(step, params)
+        expected = Expected(adamw)
+        adamw.step()
+        expected.check(adamw.metrics())
+
+
 def test_layouts(device: torch.device, backend: Any) -> None:
     """Params and gradients that are copied in each step; views are measured, not their gaps."""
     params = [
@@ -153,6 +197,43 @@ def test_updates_that_rounding_undoes(
     assert metrics["lost_updates"].item() == lost
     assert metrics["update_rms"].item() == pytest.approx(lr * math.sqrt(2 / 3), rel=1e-3)
     assert torch.equal(p[1000:], torch.ones_like(p[1000:])) == bool(lost)
+
+
+@each(("dtype", "lr", "lost"), [(BF16, 1e-5, 0), (F16, 1e-5, 0), (BF16, 1e-9, 1), (F16, 1e-9, 1)])
+def test_masters_lose_what_float32_does(
+    device: torch.device, backend: Any, dtype: torch.dtype, lr: float, lost: float
+) -> None:
+    """The master has moved where the param shows nothing of it yet."""
+    p = Parameter(torch.ones(3000, dtype=dtype, device=device))
+    p.grad = torch.ones_like(p)
+    adamw = FusedAdamW(
+        [p], lr=lr, weight_decay=0.0, master_weights=True, group_metrics=True, backend=backend
+    )
+    adamw.step()
+    assert torch.equal(p, torch.ones_like(p))
+    metrics = adamw.metrics()
+    assert metrics["lost_updates"].item() == lost
+    assert metrics["update_rms"].item() == pytest.approx(lr, rel=1e-4)
+    assert metrics["param_rms"].item() == pytest.approx(1 - lr * (1 - lost), rel=1e-6)
+
+
+def test_stochastic_rounding_undoes_the_rest(device: torch.device, backend: Any) -> None:
+    """An eighth of the distance to the next number: one update in eight is made, as a whole one."""
+    p = Parameter(torch.ones(3000, dtype=BF16, device=device))
+    p.grad = torch.ones_like(p)
+    adamw = FusedAdamW(
+        [p],
+        lr=2.0**-11,
+        weight_decay=0.0,
+        stochastic_rounding=True,
+        group_metrics=True,
+        backend=backend,
+    )
+    adamw.step()
+    metrics = adamw.metrics()
+    assert metrics["lost_updates"].item() == (p == 1).double().mean().item()
+    assert abs(metrics["lost_updates"].item() - 7 / 8) < 5 * math.sqrt(7 / 64 / 3000)
+    assert metrics["update_rms"].item() == pytest.approx(2.0**-11, rel=1e-4)
 
 
 def test_half_of_the_updates_lost(device: torch.device, backend: Any) -> None:

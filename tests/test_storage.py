@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from truth import same_bits
 
 from fused_adamw import FusedAdamW, convert_to_bf16_, formats, storage
 from fused_adamw.kernels import table as t
@@ -60,7 +61,7 @@ def master_of(optimizer: FusedAdamW, p: Tensor) -> Tensor:
         return state["master_param"]  # type: ignore[no-any-return]
     if "master_remainder" not in state:
         return p.detach().float()
-    return formats.decode_remainder(p.detach(), state["master_remainder"])
+    return formats.decode_remainder(p.detach(), state["master_remainder"].view(I16))
 
 
 def moments(optimizer: FusedAdamW, p: Tensor) -> list[Tensor]:
@@ -108,7 +109,7 @@ def test_master_is_two_bytes(device: torch.device, backend: Any) -> None:
         "exp_avg_scale uint8": 64,
         "exp_avg_sq_q uint8": 4096,
         "exp_avg_sq_scale uint8": 64,
-        "master_remainder int16": 8192,
+        "master_remainder bfloat16": 8192,
     }
 
 
@@ -337,7 +338,7 @@ def test_all_formats_in_one_launch(device: torch.device, monkeypatch: pytest.Mon
         for p, q in zip(groups[number]["params"], own, strict=True):
             assert torch.equal(p, q), (dtype, options)
             for key, x in alone.state[q].items():
-                assert torch.equal(optimizer.state[p][key], x), key
+                assert same_bits(optimizer.state[p][key], x), key
 
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -379,7 +380,7 @@ def test_resume_is_bit_exact(device: torch.device, backend: Any, name: str, amsg
         assert torch.equal(p, q)
         a, b = straight.state[p], resumed.state[q]
         assert a.keys() == b.keys()
-        assert all(torch.equal(x, b[key]) for key, x in a.items())
+        assert all(same_bits(x, b[key]) for key, x in a.items())
 
 
 @each("source", FORMATS)
@@ -521,7 +522,7 @@ def test_graph_of_what_is_shown(device: torch.device) -> None:
     groups = [{"params": params[:1], "state_dtype": "int8", "master_weights": True}]
     optimizer = FusedAdamW([*groups, {"params": params[1:]}])
     shown = repr(optimizer)
-    assert "bfloat16 with master_remainder int16, exp_avg 8 bits in blocks of 64" in shown
+    assert "bfloat16 with master_remainder 16 bits, exp_avg 8 bits in blocks of 64" in shown
     assert "bfloat16, exp_avg bfloat16, exp_avg_sq bfloat16: 1 parameters" in shown
     assert "Stored" not in repr(FusedAdamW(make(device, BF16)))
 
@@ -616,6 +617,31 @@ def test_a_damaged_state_is_refused(device: torch.device, backend: Any) -> None:
             optimizer.load_state_dict(broken)
     del saved["state"][0]["exp_avg_scale"]
     with pytest.raises(RuntimeError, match="but not"):
+        optimizer.load_state_dict(saved)
+
+
+def test_remainders_are_bits(device: torch.device, backend: Any) -> None:
+    """Kept as bfloat16, taken as int16 too, from a checkpoint or by hand; no other dtype is."""
+    runs = []
+    for how in ("straight", "loaded", "by hand"):
+        params = make(device, BF16)
+        optimizer = FusedAdamW(params, lr=0.01, master_weights=True, backend=backend)
+        train(optimizer, range(3))
+        saved = copy.deepcopy(optimizer.state_dict())
+        if how == "loaded":
+            for state in saved["state"].values():
+                state["master_remainder"] = state["master_remainder"].view(I16)
+            optimizer.load_state_dict(saved)
+        elif how == "by hand":
+            for state in optimizer.state.values():
+                state["master_remainder"] = state["master_remainder"].view(I16)
+        train(optimizer, range(3, 4))
+        runs.append([*params, *(optimizer.state[p]["master_remainder"] for p in params)])
+        assert all(x.dtype == BF16 for x in runs[-1])
+    for straight, *others in zip(*runs, strict=True):
+        assert all(same_bits(straight, x) for x in others)
+    saved["state"][0]["master_remainder"] = saved["state"][0]["master_remainder"].float()
+    with pytest.raises(TypeError, match=r"is torch\.float32; it is kept in torch\.bfloat16"):
         optimizer.load_state_dict(saved)
 
 

@@ -1,13 +1,14 @@
-"""Storage formats of DTensors, over gloo: the bits of the whole param in every sharding."""
+"""Storage formats over gloo: the bits of the whole param in every sharding, and in checkpoints."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks_storage
 import torch
-from ranks import on_ranks
+from ranks import in_turn, on_ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -47,3 +48,25 @@ def test_rows_that_are_no_blocks() -> None:
 )
 def test_checkpoint(options: dict[str, Any]) -> None:
     on_ranks(2, ranks_storage.checkpoint, options)
+
+
+def test_whole_checkpoint_in_another_world(tmp_path: Path) -> None:
+    """2 ranks of 3 and 2 rows save, 4 of 2, 2, 1 and no rows load."""
+    kinds = {
+        "master": {"state_dtype": "int8", "master_weights": True},
+        "amsgrad": {"state_dtype": "int8", "amsgrad": True},
+    }
+    for name in kinds:
+        (tmp_path / name).mkdir()
+    given = [(tmp_path / name, options) for name, options in kinds.items()]
+    on_ranks(2, in_turn, [(ranks_storage.save_whole, *x) for x in given])
+    on_ranks(4, in_turn, [(ranks_storage.load_whole, *x) for x in given])
+
+
+def test_fsdp1() -> None:
+    on_ranks(2, ranks_storage.fsdp1)
+
+
+def test_zero_redundancy_optimizer() -> None:
+    kinds = ({"master_weights": True}, {"master_weights": True, "state_dtype": "int8"})
+    on_ranks(2, in_turn, [(ranks_storage.zero1, options) for options in kinds])
