@@ -78,9 +78,12 @@ class FusedAdamW(Optimizer):
             next three are; all but the seed stay as constructed when a checkpoint is loaded.
         stochastic_rounding: round bfloat16 params, unless they have masters, and bfloat16 second
             moments up or down at random, so that small updates are not lost on average.
-        state_dtype: how moments are stored: None in the param's dtype, as torch does;
+        state_dtype: how moments are stored: None in the dtype of what is updated, the param's as
+            torch does, or float32 where there is a master;
             ``torch.float32``, ``torch.bfloat16`` or ``"int8"`` (blockwise, 1.02 bytes each); a
-            pair for ``exp_avg`` and ``exp_avg_sq``.
+            pair for ``exp_avg`` and ``exp_avg_sq``. ``"int8"`` is for row-major params whose rows,
+            ``[1:]``, are whole blocks of 64, and plain vectors of 65,536 elements or more; others,
+            as norms and biases, keep float32.
         seed: of the random bits of stochastic rounding and of 8-bit second moments. They depend on
             it, the step, the param's position and the element's in the whole param alone, so
             replicas and shards agree. Loaded with a checkpoint.

@@ -59,18 +59,16 @@ def as_param(x: Tensor, param: Tensor) -> Tensor:
     return made
 
 
-def whole_rows_of(param: DTensor, block: int) -> bool:
-    """Whether the rows of a DTensor are whole blocks of elements on each rank, one by one."""
-    here = param._local_tensor
-    if param.dim() < 2 or not here.is_contiguous() or param.shape[1:].numel() % block:
-        return False
+def row_of_shard(param: DTensor) -> int:
+    """How many elements each rank has of a row, [1:]; 0 where that differs, or they are apart."""
     parts = 1
     for dimension, placement in enumerate(param.placements):
-        if placement.is_shard(1) and param.dim() == 2:
+        cut = getattr(placement, "dim", None)  # FSDP2's shards of tensor parallel ones have it, too
+        if cut == 1:
             parts *= param.device_mesh.size(dimension)
-        elif not (placement.is_shard(0) or placement.is_replicate()):
-            return False
-    return param.shape[1] % (parts * block) == 0 if parts > 1 else True
+        elif cut != 0 and not placement.is_replicate():
+            return 0
+    return 0 if param.shape[1] % parts else param.shape[1:].numel() // parts
 
 
 class Place(NamedTuple):

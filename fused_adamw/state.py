@@ -137,6 +137,8 @@ def own_state(
             name = param_name(group, number, position)
             storing.check_storage(name, local(p), group)
             storage = storing.storage_of(group, p)
+            if storing.known("max_exp_avg_sq", state[p]):  # kept though amsgrad may be off now
+                storage = storage._replace(amsgrad=True)
             given = _loaded(storage, state[p], p)
             check_state(name, local(p), given)
             own[p] = _own(storage, given, p)
@@ -157,7 +159,9 @@ def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -
             if code is not None and not is_sharded(code):
                 found[name] = storing.decoded(name, found)
                 del found[f"{name}_q"], found[f"{name}_scale"]
-    for key in found.keys() & STORED.keys():
+    for key in STORED:  # in one order on all ranks: laying out anew is a collective
+        if key not in found:
+            continue
         x = local_of_loaded(found[key], param).detach().to(local(param).device)
         if key in MOMENTS and storage.moments.get(key) is None and not param.is_complex():
             x = x.to(param.dtype)
@@ -178,7 +182,9 @@ def _own(storage: storing.Storage, given: Mapping[str, Any], param: Tensor) -> d
         if key in made or key in unwanted or key == "step":
             continue
         if key.endswith("_scale") and key in STORED:
-            made[key] = x.clone().view(storing.scale_shape(like))
+            made[key] = x.reshape(storing.scale_shape(like)).clone(
+                memory_format=torch.contiguous_format
+            )
         elif key in STORED:
             made[key] = torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x.detach())
         else:

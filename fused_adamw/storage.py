@@ -20,8 +20,8 @@ from torch import Tensor
 
 from . import formats
 from .kernels import table as t
-from .layouts import memory_line, same_strides
-from .shards import is_sharded, whole_rows_of
+from .layouts import same_strides
+from .shards import is_sharded, row_of_shard
 
 StateDtype: TypeAlias = torch.dtype | Literal["int8"] | None
 OPTIONS: dict[str, Any] = {  # of a group, and their defaults
@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {  # of a group, and their defaults
     "state_dtype": None,
     "seed": 0,
 }
+FLAT_VECTOR = 65536  # elements from which on a vector is no norm or bias, but many params in a row
 REMAINDER, MASTER = "master_remainder", "master_param"
 _DTYPES: dict[Any, torch.dtype | None] = {
     None: None,
@@ -40,7 +41,7 @@ _DTYPES: dict[Any, torch.dtype | None] = {
 
 
 def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """Dtypes of first and second moments: uint8 for 8 bits, None for the param's own.
+    """Dtypes of first and second moments: uint8 for 8 bits, None for what is updated.
 
     Raises:
         ValueError: no such format.
@@ -50,7 +51,7 @@ def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
         first, second = (_DTYPES[x] for x in pair)
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"Invalid state_dtype: {given!r} (want None for the param's dtype, torch.float32, "
+            f"Invalid state_dtype: {given!r} (want None for the dtype of the param or its master, torch.float32, "
             "torch.bfloat16 or 'int8', or a pair of them for exp_avg and exp_avg_sq)"
         ) from None
     return first, second
@@ -73,7 +74,7 @@ def check_options(group: Mapping[str, Any]) -> None:
 class Storage(NamedTuple):
     """How one param and its moments are stored."""
 
-    exp_avg: torch.dtype | None  # uint8: 8 bits; None: as it is, at first the param's
+    exp_avg: torch.dtype | None  # uint8: 8 bits; None: as it is, at first the param's own
     exp_avg_sq: torch.dtype | None
     master: torch.dtype | None  # what its bits are: int16, a remainder; float32, a copy
     stochastic: bool
@@ -88,8 +89,17 @@ class Storage(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether everything is a floating-point number, rounded to nearest."""
-        quantised = torch.uint8 in (self.exp_avg, self.exp_avg_sq)
-        return self.master is None and not self.stochastic and not quantised
+        return self.master is None and not self.stochastic and not self.quantised
+
+    @property
+    def random(self) -> bool:
+        """Whether some store is rounded stochastically."""
+        return self.stochastic or self.exp_avg_sq == torch.uint8
+
+    @property
+    def quantised(self) -> bool:
+        """Whether a moment is in 8 bits."""
+        return torch.uint8 in (self.exp_avg, self.exp_avg_sq)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -125,21 +135,40 @@ def keys_of(name: str, dtype: torch.dtype | None) -> tuple[str, ...]:
 def storage_of(group: Mapping[str, Any], param: Tensor) -> Storage:
     """How a param of the group is stored.
 
-    Moments are in 8 bits whatever the param's size, with one exception: a DTensor whose rows are
-    not whole quantisation blocks on each rank has them in float32, since a block would be cut by
-    the sharding, and another one would cut it elsewhere.
+    What `is_quantised` excludes from 8 bits has its moments in float32, as a master's are unless
+    the group says otherwise.
     """
     first, second = state_dtypes(group.get("state_dtype"))
-    if is_sharded(param) and not whole_rows_of(param, t.QUANT_BLOCK):
+    if torch.uint8 in (first, second) and not is_quantised(param):
         first, second = (torch.float32 if x == torch.uint8 else x for x in (first, second))
     master = None
     if group.get("master_weights", False):
         master = {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(param.dtype)
+    if master is not None:
+        first, second = (torch.float32 if x is None else x for x in (first, second))
     stochastic = bool(group.get("stochastic_rounding", False)) and torch.bfloat16 in (
-        param.dtype if master is None or second is None else None,
+        param.dtype if master is None else None,
         second,
     )
     return Storage(first, second, master, stochastic, bool(group["amsgrad"]))
+
+
+def is_quantised(param: Tensor) -> bool:
+    """Whether moments of the param are kept in 8 bits where its group says so.
+
+    Matrices, row-major, whose rows are whole quantisation blocks, so that no block is cut when
+    they are sharded, and the keys of a state are the same in every sharding: norms, biases and
+    convolutions of three channels, which have few elements, are out. So is a DTensor cut within
+    rows into parts that are no whole blocks. Flat vectors, FSDP1's say, are nobody's to shard.
+
+    Asked of the whole, which all ranks know alike, never of the part that lies on one of them.
+    """
+    if not param.is_contiguous():  # of a DTensor: the whole
+        return False
+    if param.dim() < 2:
+        return param.dim() == 1 and len(param) >= FLAT_VECTOR and not is_sharded(param)
+    row = param.shape[1:].numel() if not is_sharded(param) else row_of_shard(param)
+    return row > 0 and row % t.QUANT_BLOCK == 0
 
 
 def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
@@ -151,6 +180,16 @@ def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
     elif param.dtype == torch.float64 and torch.uint8 in dtypes:
         wanted = f"state_dtype={group['state_dtype']!r}"
         cure = "8-bit moments are computed in float32: leave state_dtype=None in their group"
+    elif (
+        param.dtype == torch.float64
+        and dtypes[1] == torch.bfloat16
+        and group.get("stochastic_rounding", False)
+    ):
+        wanted = f"stochastic_rounding=True and state_dtype={group['state_dtype']!r}"
+        cure = (
+            "it rounds float32 to bfloat16: leave stochastic_rounding out in their group, or keep "
+            "second moments in another dtype"
+        )
     elif param.dtype == torch.float16 and group.get("stochastic_rounding", False):
         if group.get("master_weights", False):
             return
@@ -162,12 +201,10 @@ def check_storage(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
 
 
 def scale_shape(like: Tensor) -> tuple[int, ...]:
-    """Shape of the exponents of a param's moments: by rows, where these are whole blocks."""
-    if like.dim() >= 2 and like.is_contiguous():
-        row = like.shape[1:].numel()
-        if row and row % t.QUANT_BLOCK == 0:
-            return like.shape[0], row // t.QUANT_BLOCK
-    return (-(-like.numel() // t.QUANT_BLOCK),)
+    """Shape of the exponents of a param's moments: those of a row in a row."""
+    if like.dim() < 2:
+        return (-(-like.numel() // t.QUANT_BLOCK),)
+    return like.shape[0], like.shape[1:].numel() // t.QUANT_BLOCK
 
 
 def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[str]:
@@ -179,6 +216,7 @@ def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[st
         if (
             x is None
             or own[-1] not in state
+            or (dtype == torch.uint8 and not state[own[-1]].is_contiguous())
             or (dtype is not None and x.dtype != dtype)
             or not same_strides(like.shape, x.stride(), like.stride())
         ):
@@ -236,17 +274,15 @@ def unwanted(storage: Storage, state: Mapping[str, Any]) -> list[str]:
 
 
 def decoded(name: str, state: Mapping[str, Any]) -> Tensor | None:
-    """A moment as a floating-point tensor in its own layout; None where there is none."""
+    """A moment as a floating-point tensor; None where there is none."""
     if name in state:
         plain: Tensor = state[name]
         return plain
     code, scale = state.get(f"{name}_q"), state.get(f"{name}_scale")
     if code is None or scale is None:
         return None
-    values = torch.empty_like(code, dtype=torch.float32)
     decode = formats.decode_signed if name == "exp_avg" else formats.decode_unsigned
-    memory_line(values).copy_(decode(memory_line(code), scale.reshape(-1)))
-    return values
+    return decode(code.reshape(-1), scale.reshape(-1)).view(code.shape)
 
 
 def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -260,14 +296,11 @@ def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor,
 
 def _quantised(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and exponents as the state keeps them, rounded to nearest."""
-    code = torch.zeros_like(like, dtype=torch.uint8, requires_grad=False)
-    scale = torch.zeros(scale_shape(like), dtype=torch.uint8, device=like.device)
-    if x is not None and x.numel():
-        line = memory_line(torch.empty_like(code, dtype=torch.float32).copy_(x))
-        codes, exponents = encoded(name, line)
-        memory_line(code).copy_(codes)
-        scale.copy_(exponents.view(scale.shape))
-    return code, scale
+    if x is None or not x.numel():
+        code = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
+        return code, torch.zeros(scale_shape(like), dtype=torch.uint8, device=like.device)
+    code, scale = encoded(name, x.to(like.device, torch.float32).reshape(-1))
+    return code.view(like.shape), scale.view(scale_shape(like))
 
 
 def _made_master(key: str, param: Tensor, state: Mapping[str, Any]) -> Tensor:

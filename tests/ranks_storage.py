@@ -18,10 +18,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from truth import same_bits
 
-from fused_adamw import FusedAdamW
+from fused_adamw import FusedAdamW, storage
 from fused_adamw.shards import local
 
 
@@ -66,19 +71,68 @@ def sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backend: s
             assert same_bits(whole(again.state[p][key]), whole(x)), key
 
 
-def rows_that_are_no_blocks() -> None:
-    """A DTensor whose blocks the sharding would cut keeps float32 moments, and says so."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    p = nn.Parameter(distribute_tensor(torch.randn(6, 70), mesh, [Shard(0)]))
-    q = nn.Parameter(distribute_tensor(torch.randn(6, 128), mesh, [Shard(0)]))
-    optimizer = FusedAdamW([p, q], state_dtype="int8")
-    for x in (p, q):
-        x.grad = distribute_tensor(torch.ones(x.shape), mesh, [Shard(0)])
+def same_keys_in_every_sharding() -> None:
+    """What is in 8 bits is decided by the whole param; but a row is not cut within a block."""
+    line = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [
+        (line, [Shard(0)]),
+        (line, [Replicate()]),
+        (line, [Shard(1)]),
+        (grid, [Shard(0), Shard(1)]),
+        (grid, [Shard(1), Replicate()]),
+    ]
+    cut = (line, [Shard(1)])
+    for shape, quantised in (((5, 256), True), ((6, 70), False), ((3, 8, 32), True), ((9,), False)):
+        fitting = layouts if len(shape) > 1 else layouts[:2]
+        params = [nn.Parameter(distribute_tensor(torch.ones(shape), *x)) for x in fitting]
+        params.append(nn.Parameter(torch.ones(shape)))
+        if shape == (5, 256):
+            params.append(nn.Parameter(distribute_tensor(torch.ones(5, 128), *cut)))
+        optimizer = FusedAdamW(params, state_dtype="int8")
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for p in params:
+            kept = "exp_avg_q" in optimizer.state[p] and "exp_avg_sq_q" in optimizer.state[p]
+            assert kept == (quantised and p.shape != (5, 128)), (shape, p)
+    assert "exp_avg float32, exp_avg_sq float32: 3 parameters" in repr(optimizer)
+    # column-major, of 4 + 1 rows on 4 ranks: those of a single row are contiguous as well
+    rows = 2 if dist.get_rank() == 0 else 1
+    part = torch.ones(64, rows).t()
+    p = nn.Parameter(
+        DTensor.from_local(part, line, [Shard(0)], shape=torch.Size((5, 64)), stride=(1, 5))
+    )
+    optimizer = FusedAdamW([p], state_dtype=("int8", None))
+    p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.state[p]["exp_avg"].dtype == torch.float32
-    assert optimizer.state[q]["exp_avg_q"].dtype == torch.uint8
-    assert "exp_avg float32, exp_avg_sq float32: 1 parameters" in repr(optimizer)
-    assert {"exp_avg float32", "exp_avg_q uint8"} <= optimizer.memory().keys()
+
+
+def fsdp2_over_tensor_parallelism() -> None:
+    """Rows cut twice are 8 bits, too, and their bits those of the whole param."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    net = nn.Sequential(nn.Linear(128, 6), nn.Linear(6, 128))
+    net = parallelize_module(net, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(net, mesh=mesh["dp"])
+    p = net[0].weight
+    q = nn.Parameter(whole(p.detach()).clone())
+    ours, oracle = (FusedAdamW([x], lr=0.01, state_dtype="int8") for x in (p, q))
+    for step in range(2):
+        torch.manual_seed(step)
+        q.grad = torch.randn(6, 128)
+        p.grad = distribute_tensor(q.grad, mesh["tp"], [Shard(0)])
+        first = 2 * mesh.get_local_rank("dp")  # 3 rows on 2 ranks
+        part = local(p.grad)[first : first + len(local(p))]
+        p.grad = DTensor.from_local(
+            part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+        ours.step()
+        oracle.step()
+    assert torch.equal(whole(p.detach()), q.detach())
+    for key, x in oracle.state[q].items():
+        assert same_bits(whole(ours.state[p][key]), x), key
+    assert "exp_avg_q" in ours.state[p]
 
 
 class Net(nn.Module):
@@ -221,6 +275,7 @@ def fsdp1() -> None:
         for key, x in state.items():
             # 663 elements: the 332nd of rank 1 is padding
             assert same_bits(x.view(-1)[:331], again[key].view(-1)[:331]), key
+    storage.FLAT_VECTOR = 1  # a short one will do
     net, optimizer = build({"state_dtype": "int8"})
     backward(net, 0)
     optimizer.step()

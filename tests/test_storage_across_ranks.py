@@ -24,6 +24,7 @@ each = pytest.mark.parametrize
         ({"stochastic_rounding": True}, (7, 6, 3), "triton"),
         ({"state_dtype": "int8", "master_weights": True}, (5, 256), "reference"),
         ({"state_dtype": "int8", "amsgrad": True}, (6, 256), "triton"),
+        ({"state_dtype": "int8"}, (5, 8, 32), "reference"),
     ],
     ids=str,
 )
@@ -33,8 +34,12 @@ def test_sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backe
     on_ranks(4, ranks_storage.sharded_as_whole, options, shape, backend)
 
 
-def test_rows_that_are_no_blocks() -> None:
-    on_ranks(2, ranks_storage.rows_that_are_no_blocks)
+def test_keys_and_bits_of_sharded_rows() -> None:
+    scenarios = (
+        ranks_storage.same_keys_in_every_sharding,
+        ranks_storage.fsdp2_over_tensor_parallelism,
+    )
+    on_ranks(4, in_turn, [(x,) for x in scenarios])
 
 
 @each(
