@@ -6,9 +6,10 @@ Twins of kernels/codecs.py by name, and equal to them in every bit.
   to nearest, ties away from zero: with ties to even, 65,537 float32 share one bfloat16.
 * Master: float16 params keep a float32 copy.
 * Stochastic rounding: up or down with the probabilities that make the mean right, so that updates
-  smaller than half the distance of two numbers are not lost. The bits are a hash of seed, step,
+  smaller than half the distance of two numbers are not lost. The bits depend on seed, step,
   position of the param and index of the element in the whole tensor: alike on every replica and in
-  every sharding, and again after a resume.
+  every sharding, and again after a resume. 8 elements share one hash, of which each takes another
+  multiple: a hash for each would cost more than the rounding.
 * 8 bits: 64 neighbours share the exponent of their largest. With y = |x| / 2^exponent, in [0, 2),
   the code is cut out of the bits of y + floor, so that it is linear below the floor and logarithmic
   above, without a table, a division or a root. First moments have a sign and 4 binades of 32 codes

@@ -1,8 +1,8 @@
 """The plan of a step: which tensors it updates, checked once and kept while nothing has moved.
 
 A plan is found stale by comparing what tensors *are* (address, dtype, layout) with what it was
-made from, never by the identity of objects: `zero_grad()` makes new gradients in every step, and
-`p.data = x` keeps the object while everything else changes. It keeps no gradient and no state
+made from, never by the identity of objects alone: `zero_grad()` makes new gradients in every step,
+and `p.data = x` keeps the object while everything else changes. It keeps no gradient and no state
 alive, so that a trainer can move states to the CPU and get their memory back.
 """
 
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain, compress
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +23,10 @@ from .checks import check_tensors, param_name, refuse_overlaps
 from .kernels import table as t
 from .kernels.launch_parameters import architecture, launch_parameters
 from .layouts import (
-    IN_CACHE,
     REALS,
     Described,
     GradLayout,
+    dtype_of,
     grad_layout,
     is_dense,
     same_strides,
@@ -39,6 +38,11 @@ from .storage import Storage
 Groups = Sequence[Mapping[str, Any]]
 Grads = Sequence[Tensor | None]
 State = MutableMapping[Tensor, dict[str, Any]]
+
+
+# Params asked in one go: their objects stay in the L2 cache from one question to the next, and
+# answers equal to the last look's are dropped before they leave it.
+IN_CACHE = 256
 
 
 class Entry(NamedTuple):
@@ -62,40 +66,65 @@ class Entries(NamedTuple):
 
     all: tuple[Entry, ...]
     params: list[Tensor]
+    objects: bytes  # which params
     keys: dict[str, list[bool]]  # of states, and which entries have them; no list: all
     sharded: bool  # whether some are DTensors
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Entries:
         """From the entries alone."""
-        own = [e.storage.keys for e in entries]
+        own = [(*e.storage.keys, "step") for e in entries]
         keys = {key: [key in k for k in own] for key in dict.fromkeys(chain.from_iterable(own))}
         sharded = any(e.param is not e.local for e in entries)
+        params = [e.param for e in entries]
         return cls(
             tuple(entries),
-            [e.param for e in entries],
+            params,
+            objects(params),
             {key: [] if all(has) else has for key, has in keys.items()},
             sharded,
         )
 
 
+class Stored(NamedTuple):
+    """Some state tensors: the objects, where they are, in which dtype."""
+
+    objects: bytes
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+
+    @classmethod
+    def of(cls, states: Sequence[Tensor], before: Stored | None) -> Stored:
+        """Ask state tensors; before itself where all is as it was."""
+        addresses = list(map(Tensor.data_ptr, states))
+        now = cls(objects(states), addresses, list(map(dtype_of, states)))
+        return before if before is not None and now == before else now
+
+
 class Look(NamedTuple):
     """What a plan depends on; while looks are equal it holds. Keeps no tensor alive.
 
-    States are taken by address and dtype, and the plan knows the objects: so a state that is
-    replaced is always noticed, wherever its memory is.
+    In parts of IN_CACHE params; one that is as it was in the last look is the last look's own.
+    A state is taken by object, address and dtype: so one that is replaced is always noticed,
+    wherever its memory is.
     """
 
     groups: list[tuple[Any, ...]]  # number of params, and the options that say what is stored
-    params: Described
-    states: list[int]  # addresses
-    state_dtypes: list[torch.dtype]
-    present: list[bool]  # whether each param has a gradient; empty: all have
-    grads: Described  # of those present
+    objects: bytes  # which params
+    params: list[Described]
+    states: list[Stored]
+    present: list[list[bool]]  # whether each param has a gradient; an empty part: all have
+    grads: list[Described]  # of those present
 
     def same_tensors(self, other: Look) -> bool:
         """Whether groups, params and states are the same; gradients may have moved."""
         return self[:4] == other[:4]
+
+    def same_kinds_of_grads(self, other: Look) -> bool:
+        """Whether the same params have gradients, which are the same but for their addresses."""
+        return self.present == other.present and all(
+            map(Described.same_kinds, self.grads, other.grads)
+        )
 
 
 class Seen(NamedTuple):
@@ -113,6 +142,7 @@ class Plan:
     look: Look
     params: list[Tensor]
     states: list[weakref.ref[Tensor]]
+    gone: list[weakref.ref[Tensor]]  # states that died: another object may have got their id
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
@@ -128,37 +158,28 @@ def flat(groups: Groups) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
+def objects(xs: Collection[Tensor]) -> bytes:
+    """Which objects these are, in which order: the `id` of each. It says so while all are alive."""
+    # the memory of an array of objects is their ids: a third of the time that map(id, xs) takes
+    return np.fromiter(xs, dtype=np.dtype(object), count=len(xs)).tobytes()
+
+
 def look(
-    groups: Groups, entries: Entries, state: State, grads_here: Grads | None = None
+    groups: Groups,
+    entries: Entries,
+    state: State,
+    grads_here: Grads | None = None,
+    before: Look | None = None,
 ) -> tuple[Look, Seen]:
     """Look at all tensors of a step: most of what it costs on the host (bench/host.py).
 
     grads_here: the gradients as they lie on this rank; None where no param is a DTensor.
+    before: the last look. What is equal is taken from there, and the answers are dropped at once.
 
     Raises KeyError where a state is missing, and what torch raises for a tensor without an address
     or strides, a sparse one say.
     """
-    seen = Seen(flat(groups), [], states_of(entries, state))
-    params, grads = Described.nothing(), Described.nothing()
-    present: list[bool] = []
-    for i in range(0, len(seen.params), IN_CACHE):
-        part = seen.params[i : i + IN_CACHE]
-        if grads_here is None:
-            own = [p.grad for p in part]
-        else:
-            own, part = list(grads_here[i : i + IN_CACHE]), list(map(local, part))
-        here = [g for g in own if g is not None]
-        seen.grads.extend(own)
-        params.add(part)
-        grads.add(here)
-        if len(here) < len(own) or present:
-            present += [True] * (i - len(present)) + [g is not None for g in own]
-    addresses: list[int] = []
-    dtypes: list[torch.dtype] = []
-    for i in range(0, len(seen.states), IN_CACHE):
-        some = seen.states[i : i + IN_CACHE]
-        addresses += map(Tensor.data_ptr, some)
-        dtypes += [x.dtype for x in some]
+    seen = Seen(flat(groups), [], [])
     options = [
         (
             len(g["params"]),
@@ -168,20 +189,40 @@ def look(
         )
         for g in groups
     ]
-    return Look(options, params, addresses, dtypes, present, grads), seen
+    new = Look(options, objects(seen.params), [], [], [], [])
+    was = Look([], b"", [], [], [], []) if before is None else before
+    last_params, last_grads, last_states = iter(was.params), iter(was.grads), iter(was.states)
+    for i in range(0, len(seen.params), IN_CACHE):
+        part = seen.params[i : i + IN_CACHE]
+        if grads_here is None:
+            own = [p.grad for p in part]
+        else:
+            own, part = list(grads_here[i : i + IN_CACHE]), list(map(local, part))
+        here = [g for g in own if g is not None]
+        seen.grads.extend(own)
+        new.params.append(Described.of(part, next(last_params, None)))
+        new.grads.append(Described.of(here, next(last_grads, None)))
+        new.present.append([] if len(here) == len(own) else [g is not None for g in own])
+    for states in states_in_parts(entries, state):
+        seen.states.extend(states)
+        new.states.append(Stored.of(states, next(last_states, None)))
+    return new, seen
+
+
+def states_in_parts(entries: Entries, state: State) -> Iterator[list[Tensor]]:
+    """All state tensors, of IN_CACHE entries at a time; KeyError where one is missing."""
+    in_order = len(state) == len(entries.params) and objects(state) == entries.objects
+    dicts = list(state.values() if in_order else map(state.__getitem__, entries.params))
+    for i in range(0, len(dicts), IN_CACHE):
+        part, states = dicts[i : i + IN_CACHE], []
+        for key, has in entries.keys.items():
+            states += [s[key] for s in (compress(part, has[i:]) if has else part)]
+        yield list(map(local, states)) if entries.sharded else states
 
 
 def states_of(entries: Entries, state: State) -> list[Tensor]:
     """All state tensors of the entries; KeyError where one is missing."""
-    in_order = len(state) == len(entries.params) and all(map(is_, state, entries.params))
-    dicts = list(state.values() if in_order else map(state.__getitem__, entries.params))
-    states: list[Tensor] = []
-    for i in range(0, len(dicts), IN_CACHE):
-        part = dicts[i : i + IN_CACHE]
-        for key, has in entries.keys.items():
-            states += [s[key] for s in (compress(part, has[i:]) if has else part)]
-        states += [s["step"] for s in part]
-    return list(map(local, states)) if entries.sharded else states
+    return list(chain.from_iterable(states_in_parts(entries, state)))
 
 
 def follow(
@@ -189,16 +230,10 @@ def follow(
 ) -> tuple[Plan, Seen] | None:
     """The plan as it is, or with gradients elsewhere; None where it is stale."""
     try:
-        new, seen = look(groups, plan.entries, state, grads_here)
+        new, seen = look(groups, plan.entries, state, grads_here, plan.look)
     except (KeyError, TypeError, RuntimeError, NotImplementedError):
         return None  # something is missing or has no address: the checks find the words for it
-    same = (
-        new.same_tensors(plan.look)
-        and len(seen.params) == len(plan.params)
-        and all(map(is_, seen.params, plan.params))
-        and all(map(is_, [ref() for ref in plan.states], seen.states))
-    )
-    if not same:
+    if plan.gone or not new.same_tensors(plan.look):
         return None
     if new != plan.look:
         moved = move_grads(plan, new, seen.grads)
@@ -208,7 +243,7 @@ def follow(
 
 def written_by(plan: Plan, seen: Seen, state: State) -> list[Tensor]:
     """Params and states that a step of the plan writes: those with a gradient."""
-    if len(plan.entries.all) == len(seen.params) and not plan.look.present:
+    if len(plan.entries.all) == len(seen.params) and not any(plan.look.present):
         shards = list(map(local, seen.params)) if plan.entries.sharded else []
         return seen.params + shards + seen.states
     busy = Entries.of([e for e in plan.entries.all if seen.grads[e.place] is not None])
@@ -302,10 +337,12 @@ def make_plan(
         by_device.setdefault(e.local.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
     new, seen = look(groups, entries, state, grads_here)
+    gone: list[weakref.ref[Tensor]] = []
     plan = Plan(
         look=new,
         params=seen.params,
-        states=list(map(weakref.ref, seen.states)),
+        states=[weakref.ref(x, gone.append) for x in seen.states],
+        gone=gone,
         entries=entries,
         copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),
         by_device={device: tuple(own) for device, own in by_device.items()},
@@ -333,7 +370,7 @@ def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | 
         for place, grad in enumerate(grads):
             if grad is not None and known.get(place) != grad_layout(grad):
                 return None
-    elif not new.grads.same_kinds(plan.look.grads):
+    elif not new.same_kinds_of_grads(plan.look):
         return None
     tables = {
         device: dataclasses.replace(table, grads=grad_column(plan.by_device[device], grads))

@@ -188,19 +188,20 @@ def _random(
 ):
     """Two times 32 random bits for each element, by its place in the whole tensor."""
     at = tl.arange(0, BLOCK // _GROUP) * _GROUP if GROUPED else lane
-    i = start + at
+    begin = start + tl.load(tensor + _FIRST)
     if COLUMNS:  # each row leaves out those of the whole tensor's elements that others have
         inner = tl.load(tensor + _INNER)
         row = start // inner
         begun = at - tl.minimum((row + 1) * inner - start, BLOCK).to(tl.int32)
         more = begun // tl.minimum(inner, BLOCK).to(tl.int32) + 1
         row += tl.where(begun < 0, 0, more)
-        i += row * (tl.load(tensor + _INNER_WHOLE) - inner)
+        index = begin + at + row * (tl.load(tensor + _INNER_WHOLE) - inner)
+        group, k = index >> _GROUP_SHIFT, (index & (_GROUP - 1)).to(tl.int32)
+    else:  # shifts, and 32 bits where they are enough: fewer registers
+        within = (begin & (_GROUP - 1)).to(tl.int32) + at
+        group, k = (begin >> _GROUP_SHIFT) + (within >> _GROUP_SHIFT), within & (_GROUP - 1)
     keys = scalars.to(tl.pointer_type(tl.uint32), bitcast=True)
-    index = i + tl.load(tensor + _FIRST)
-    # shifts: a signed division costs several instructions more
-    x, y = _random_words(index >> _GROUP_SHIFT, tl.load(keys + KEY0), tl.load(keys + KEY1))
-    k = (index & (_GROUP - 1)).to(tl.int32)
+    x, y = _random_words(group, tl.load(keys + KEY0), tl.load(keys + KEY1))
     if GROUPED:  # one hash for 8 elements, whose powers are constants then
         x, y, k = _repeat(x, _GROUP), _repeat(y, _GROUP), lane % _GROUP
     return _random_bits(x, k), _random_bits(y, k)

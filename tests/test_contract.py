@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import same_bits, set_grad
 
-from fused_adamw import FusedAdamW
+from fused_adamw import FusedAdamW, plan
 
 CONTRACT = {"rtol": 1e-12, "atol": 1e-14}
 F64 = torch.float64
@@ -1189,6 +1190,18 @@ def _state_replaced(o: Any, p: Tensor) -> None:
         o.state[p][key] = value.clone() * 0.5 if key != "step" else value.clone()
 
 
+def _state_swapped_through_data(o: Any, p: Tensor) -> None:
+    """The objects stay, their memory does not."""
+    for key, value in o.state[p].items():
+        value.data = value.data * 0.5 if key != "step" else torch.full_like(value, 5)
+
+
+def _states_swapped(o: Any, p: Tensor) -> None:
+    """The same objects under each other's keys; one is for a square root, so without a sign."""
+    state = o.state[p]
+    state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"].abs_()
+
+
 def _state_written_in_place(o: Any, p: Tensor) -> None:
     o.state[p]["exp_avg"].mul_(0.5)
     o.state[p]["step"].fill_(7)
@@ -1241,7 +1254,7 @@ def _param_moved_to_another_group(o: Any, p: Tensor) -> None:
 def _param_object_replaced(o: Any, p: Tensor) -> None:
     """Another Parameter over the same memory: torch's state belongs to the object, so it is new."""
     params = o.param_groups[0]["params"]
-    params[0] = Parameter(p.data)
+    params[next(i for i, x in enumerate(params) if x is p)] = Parameter(p.data)
 
 
 def _options_changed(o: Any, p: Tensor) -> None:
@@ -1256,6 +1269,8 @@ STALE = {
         _other_layout,
         _same_memory_transposed,
         _state_replaced,
+        _state_swapped_through_data,
+        _states_swapped,
         _state_written_in_place,
         _step_replaced,
         _all_state_cleared,
@@ -1273,15 +1288,21 @@ STALE = {
 
 
 @each("change", STALE.values(), ids=STALE)
-@each("absent", [None, 2], ids=["", "one_idle"])
+@each("which, absent", [(0, None), (0, 2), (1, None)], ids=["", "one_idle", "second_part"])
 def test_stale(
-    device: torch.device, backend: str, change: Callable[..., None], absent: int | None
+    device: torch.device,
+    backend: str,
+    change: Callable[..., None],
+    which: int,
+    absent: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(plan, "IN_CACHE", 1)  # so that each param is another part of a look
     ours, theirs = beside_torch(device, backend)
     for _ in range(4):  # what a look learns only after it has held once or twice counts, too
         step_all(ours, theirs, absent=absent)
     for optimizer in (ours, theirs):
-        change(optimizer, params_of(optimizer)[0])
+        change(optimizer, params_of(optimizer)[which])
     for _ in range(2):
         step_all(ours, theirs, absent=absent)
         assert_same(ours, theirs)
@@ -1298,11 +1319,15 @@ def test_stale_dtype_of_param_and_state(device: torch.device, backend: str) -> N
         assert_same(ours, theirs, tolerance=FLOAT32)
 
 
+@each("through_data", [False, True], ids=["", "through_data"])
 @each("key", ["exp_avg", "exp_avg_sq", "param"])
-def test_stale_dtype_at_the_same_address(device: torch.device, backend: str, key: str) -> None:
+def test_stale_dtype_at_the_same_address(
+    device: torch.device, backend: str, key: str, through_data: bool
+) -> None:
     """Memory freed and given out again at once, now for 9 float64 where 9 float32 were.
 
-    The allocators round sizes up (CUDA's to 512 bytes), so that this is nothing rare.
+    The allocators round sizes up (CUDA's to 512 bytes), so that this is nothing rare. Params are
+    always swapped through `.data`; a state may be, and keeps its object then.
     """
     p = Parameter(torch.randn(9, device=device))
     ours = FusedAdamW([p], **OPTIONS, backend=backend)
@@ -1326,7 +1351,11 @@ def test_stale_dtype_at_the_same_address(device: torch.device, backend: str, key
         p.grad = None
         p.data = memory
     else:
-        ours.state[p][key], fresh.state[twin][key] = memory, value.clone()
+        if through_data:
+            ours.state[p][key].data = memory
+        else:
+            ours.state[p][key] = memory
+        fresh.state[twin][key] = value.clone()
     for _ in range(2):
         step_all(ours, fresh)
         assert_same(ours, fresh, tolerance=0)
@@ -1346,6 +1375,39 @@ def test_stale_layout_of_state_at_the_same_address(
     for _ in range(2):
         step_all(ours, theirs)
         assert_same(ours, theirs)
+
+
+def test_stale_state_whose_object_has_the_id_of_the_last(
+    device: torch.device, backend: str
+) -> None:
+    """A state that died, and its place in memory given to a view of the same elements."""
+    p, twin = (Parameter(torch.ones(3, 3, dtype=F64, device=device)) for _ in range(2))
+    ours = FusedAdamW([p], backend=backend)
+    theirs = torch.optim.AdamW([twin], foreach=False)
+    memory = torch.zeros(9, dtype=F64, device=device)
+    step_all(ours, theirs)
+    ours.state[p]["exp_avg"] = memory.view(3, 3).copy_(ours.state[p]["exp_avg"])
+    step_all(ours, theirs)
+    last = id(ours.state[p].pop("exp_avg"))
+    ours.state[p]["exp_avg"] = memory.as_strided((3, 3), (1, 3))
+    assert id(ours.state[p]["exp_avg"]) == last
+    theirs.state[twin]["exp_avg"] = theirs.state[twin]["exp_avg"].t()
+    for _ in range(2):
+        step_all(ours, theirs)
+        assert_same(ours, theirs)
+
+
+def test_between_steps_gradients_and_states_are_the_users_alone(
+    device: torch.device, backend: str
+) -> None:
+    """Whoever lets go of one gets its memory back."""
+    ours = FusedAdamW([Parameter(torch.ones(3, device=device))], backend=backend)
+    step_all(ours)
+    (p,) = params_of(ours)
+    held = [weakref.ref(x) for x in (p.grad, *ours.state[p].values())]
+    p.grad = None
+    ours.state[p].clear()
+    assert [ref() for ref in held] == [None] * 4
 
 
 def test_stale_shape_of_state_at_the_same_address(device: torch.device, backend: str) -> None:
@@ -1378,8 +1440,11 @@ def test_amsgrad_switched_on_in_mid_training(device: torch.device, backend: str)
     assert_same(ours, theirs)
 
 
-def test_gradients_that_come_and_go(device: torch.device, backend: str) -> None:
+def test_gradients_that_come_and_go(
+    device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also for a param that had none in the first steps, and for all at once."""
+    monkeypatch.setattr(plan, "IN_CACHE", 2)  # so that there are parts of a look: 2 params and 1
     ours, theirs = beside_torch(device, backend)
     pattern = [(1, 0, 0), (1, 1, 0), (0, 0, 0), (0, 1, 1), (1, 1, 1), (0, 1, 0), (1, 0, 1)]
     for present in pattern:
@@ -1388,6 +1453,24 @@ def test_gradients_that_come_and_go(device: torch.device, backend: str) -> None:
             for p, here in zip(params_of(optimizer), present, strict=True):
                 if not here:
                     p.grad = None
+            optimizer.step()
+        assert_same(ours, theirs)
+
+
+def test_one_gradient_given_to_two_params_in_turn(device: torch.device, backend: str) -> None:
+    """The same address, dtype and layout: only whose it is tells the steps apart."""
+    ours, theirs = (
+        make([Parameter(torch.ones(3, dtype=F64, device=device)) for _ in range(2)])
+        for make in (
+            lambda params: FusedAdamW(params, backend=backend),
+            lambda params: torch.optim.AdamW(params, foreach=False),
+        )
+    )
+    grad = torch.randn(3, dtype=F64, device=device)
+    for turn in (0, 1, 0, 0, 1, 1):
+        for optimizer in (ours, theirs):
+            for place, p in enumerate(params_of(optimizer)):
+                p.grad = grad if place == turn else None
             optimizer.step()
         assert_same(ours, theirs)
 
@@ -1416,9 +1499,9 @@ GRAD_CHANGES: dict[str, tuple[tuple[int, ...], list[Callable[[Tensor], Tensor]]]
 
 
 @each("name", GRAD_CHANGES)
-@each("away", [False, True], ids=["", "away_between"])
+@each("how", ["assigned", "away_between", "through_data"])
 def test_another_gradient_at_the_same_address(
-    device: torch.device, backend: str, name: str, away: bool
+    device: torch.device, backend: str, name: str, how: str
 ) -> None:
     """Views of one buffer in turn, so that only dtype, stride or a lazy sign tells them apart."""
     shape, views = GRAD_CHANGES[name]
@@ -1437,18 +1520,44 @@ def test_another_gradient_at_the_same_address(
             grad = view(memory)
             if name == "dtype" and grad.dtype == F64:
                 grad.nan_to_num_(0.0, 0.0, 0.0).clamp_(-4, 4)
-            set_grad(p, grad)
+            if how == "through_data" and p.grad is not None:
+                p.grad.data = grad
+            else:
+                set_grad(p, grad)
             twin.grad = grad.to(F64, copy=True).resolve_neg()
             other.grad = torch.ones_like(other, requires_grad=False)
             other_twin.grad = other.grad.clone()
             ours.step()
             theirs.step()
             assert_same(ours, theirs)
-            if away:
+            if how == "away_between":
                 p.grad = twin.grad = None
                 ours.step()
                 theirs.step()
                 assert_same(ours, theirs)
+
+
+@each("what", ["grad", "param"])
+def test_other_strides_at_the_same_address_where_none_are_contiguous(
+    device: torch.device, backend: str, what: str
+) -> None:
+    """A dense cube in one order of dimensions, then in another, neither of which is contiguous."""
+    orders = ((0, 2, 1), (1, 0, 2))
+    p, twin = (
+        Parameter(torch.ones(2, 2, 2, dtype=F64, device=device).permute(orders[0]))
+        for _ in range(2)
+    )
+    ours, theirs = FusedAdamW([p], backend=backend), torch.optim.AdamW([twin], foreach=False)
+    memory = torch.empty(2, 2, 2, dtype=F64, device=device)
+    for step in range(6):
+        grad = memory.copy_(torch.randn_like(memory)).permute(orders[what == "grad" and step > 2])
+        if what == "param" and step == 3:
+            for x in (p, twin):
+                x.data = x.data.as_strided((2, 2, 2), (2, 4, 1))
+        p.grad, twin.grad = grad, grad.clone()
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
 
 
 def test_conjugated_gradient_at_the_same_address(device: torch.device, backend: str) -> None:

@@ -36,6 +36,7 @@ SETS += (*MEASURED, "fp64-measured", "mixed+fp32-looped-measured")
 STORED = {
     "bf16-stochastic": (4, 0, 3, 0),
     "bf16-remainder-fp32": (7, 0, 6, 0),
+    "bf16-int8": (2, 2, 1, 2),
     "bf16-remainder-int8": (3, 2, 2, 2),
     "bf16-remainder-int8+fp32": (11, 2, 8, 2),
 }
@@ -195,13 +196,29 @@ def test_with_group_metrics_five_programs_share_a_multiprocessor(
 
 
 @pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize(("name", "bytes_moved"), [("fp32", 28), ("bf16", 14), ("fp16", 14)])
+@pytest.mark.parametrize(
+    ("name", "bytes_moved"),
+    [
+        *[("fp32", 28), ("bf16", 14), ("fp16", 14), ("bf16-stochastic", 14)],
+        *[("bf16-remainder-fp32", 26), ("bf16-int8", 10.06), ("bf16-remainder-int8", 14.06)],
+    ],
+)
 def test_memory_and_not_instructions_limits_the_kernel(
-    reports: dict[tuple[str, str], Any], name: str, bytes_moved: int, target: str
+    reports: dict[tuple[str, str], Any], name: str, bytes_moved: float, target: str
 ) -> None:
     # at full bandwidth an H200 issues 7.8 instructions of a thread in the time of a byte
     cost = reports[name, target]["instructions_per_element"]
     assert 10 < cost < 7.8 * bytes_moved  # fewer than 10 would be no AdamW: the count is wrong then
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_stochastic_rounding_adds_20_instructions_at_most(
+    reports: dict[tuple[str, str], Any], target: str
+) -> None:
+    # of the param and of the second moment together
+    stochastic, nearest = (reports[name, target] for name in ("bf16-stochastic", "bf16"))
+    added = stochastic["instructions_per_element"] - nearest["instructions_per_element"]
+    assert 5 < added <= 20  # fewer than 5 would be no rounding
 
 
 @pytest.mark.parametrize("triple", TRIPLES)

@@ -87,8 +87,9 @@ def test_the_forward_pass_is_in_float32_whatever_the_weights() -> None:
     [(FP32, 16.0), (BF16, 8.0), ("bf16 + master", 14.0), (MASTER_INT8, 8.0 + 2 / 64)],
 )
 def test_bytes_a_parameter(name: str, expected: float) -> None:
-    held = quality.measure_bytes(name, quality.SIZES["tiny"], torch.device("cpu"))
-    assert held == pytest.approx(expected, abs=0.01)  # steps, and blocks that are not full
+    held = quality.measure_bytes(name, quality.SIZES["small"], torch.device("cpu"))
+    # and steps; 1 % of the parameters are in norms and biases, whose moments are not in 8 bits
+    assert expected <= held <= expected + 0.07
 
 
 def test_every_format_is_trained_and_what_is_there_goes_on(
