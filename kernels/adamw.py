@@ -437,9 +437,10 @@ def _adamw(
     tensors = grads + n_tensors
     chunks = tensors + n_tensors * TENSOR_WORDS
     program = tl.program_id(0)
-    chunk = tl.load(chunks + (program >> chunk_shift))
+    item = program >> chunk_shift
+    chunk = tl.load(chunks + item)
     index = chunk & 0xFFFFFFFF
-    block = (chunk >> 32) + (program & ((1 << chunk_shift) - 1))
+    block = (chunk >> 32) + (program - (item << chunk_shift))
     start = block * (BLOCKS * BLOCK)  # int64: tensors pass 2^31
     tensor = tensors + index * TENSOR_WORDS
     numel = tl.load(tensor + _NUMEL)
