@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import pickle
 from collections.abc import Sequence
@@ -488,10 +489,12 @@ def test_codes_do_not_depend_on_the_layout(device: torch.device) -> None:
     for p in params:
         p.grad = value.clone(memory_format=torch.preserve_format)
     saver.step()
-    saved = saver.state_dict()
-    for state in saved["state"].values():
-        state.update({key: x.contiguous() for key, x in state.items()})
-    for swapped in (False, True):
+    saved = copy.deepcopy(saver.state_dict())  # else its states are the saver's
+    for swapped, layout in itertools.product((False, True), layouts):
+        for state in saved["state"].values():
+            state.update(
+                {k: x.contiguous(memory_format=layout) for k, x in state.items() if x.dim() == 4}
+            )
         own = [Parameter(p.detach().clone()) for p in (params[::-1] if swapped else params)]
         loader = FusedAdamW(own, lr=0.01, state_dtype="int8")
         loader.load_state_dict(saved)
