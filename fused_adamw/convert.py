@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import storage as storing
-from .formats import decode_remainder, encode_remainder
+from .formats import encode_remainder
 from .layouts import dense_copy, is_dense
 from .optimizer import FusedAdamW
 from .shards import is_sharded
@@ -71,7 +71,7 @@ def convert_to_bf16_(model: Model, optimizer: FusedAdamW) -> Model:
     except BaseException:
         for (p, _), new in zip(masters, made, strict=False):
             if p.dtype == torch.bfloat16:
-                p.data = decode_remainder(p.data, new[storing.REMAINDER].view(torch.int16))
+                p.data = storing.master_of(p.data, new)
         undo()
         raise
     _put(optimizer, masters, made)
@@ -154,9 +154,7 @@ def _moments(
     param: Tensor, storage: storing.Storage, state: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Moments that are kept in another form from now on; none of a param never updated."""
-    like = param if is_dense(param) else dense_copy(param)
-    keys = [key for key in storing.lacking(storage, like, state) if storing.known(key, state)]
-    return storing.make(storage, like, state, keys)
+    return storing.converted(storage, param if is_dense(param) else dense_copy(param), state)
 
 
 def _undo(model: nn.Module, kept: Collection[Tensor]) -> Callable[[], None]:

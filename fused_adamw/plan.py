@@ -413,7 +413,7 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         step=state["step"].data_ptr(),
         numel=param.numel() * (2 if param.is_complex() else 1),
         group=e.group,
-        signature=signature._replace(columns=signature.random and e.part.inner != 0),
+        signature=signature._replace(columns=storage.random and e.part.inner != 0),
         step_is_double=state["step"].dtype == torch.float64,
         mesh=e.mesh,
         master=at[storage.keys[-1]] if storage.master is not None else 0,

@@ -16,7 +16,7 @@ from . import formats
 from .kernels import table as t
 from .layouts import memory_line
 from .shards import Place
-from .storage import MASTER, REMAINDER, Storage, decoded, encoded
+from .storage import MASTER, REMAINDER, Storage, decoded, encoded, master_of
 
 # Elements: 1 MiB of each float32 stream. On 2 cores of an AMD EPYC with 32 MiB of L3, one thread:
 # 32k 2.5x, 64k 2.9x, 128k 3.3x, 256k 3.5x the speed of torch's default (one tensor of 20M).
@@ -179,8 +179,6 @@ def adamw_stored(
     """
     lines = {key: memory_line(x) for key, x in state.items() if key in storage.keys}
     lines |= {"param": memory_line(param), "grad": memory_line(grad)}
-    if REMAINDER in lines:
-        lines[REMAINDER] = lines[REMAINDER].view(torch.int16)
     size = PIECE_PER_THREAD * torch.get_num_threads()  # whole quantisation blocks
     for start in range(0, param.numel(), size):
         piece = {
@@ -189,27 +187,20 @@ def adamw_stored(
             else x[start : start + size]
             for key, x in lines.items()
         }
-        p, g = _decoded_param(piece), piece["grad"].to(torch.float32, copy=True)
+        p, g = master_of(piece["param"], piece), piece["grad"].to(torch.float32, copy=True)
         m, v, *maximum = (_decoded(name, piece) for name in storage.moments)
         if store_grad:
             piece["grad"].copy_(g * scalars.unscale)
         old, d = None if measures is None else p.clone(), torch.empty_like(p)
         adamw_update(p, g, m, v, maximum[0] if maximum else None, d, scalars)
-        for_second, for_param = random.bits(start, start + len(p), p.device)
+        for_second, for_param = (
+            random.bits(start, start + len(p), p.device) if storage.random else (None, None)
+        )
         _encode_param(piece, p, for_param if storage.stochastic else None)
         for name, x in zip(storage.moments, (m, v, *maximum), strict=True):
-            _encode(name, piece, x, for_second, storage.stochastic and name != "exp_avg")
+            _encode(name, piece, x, None if name == "exp_avg" else for_second)
         if measures is not None and old is not None:
-            measure(_added(old, m, d, scalars), old, _decoded_param(piece), measures)
-
-
-def _decoded_param(piece: Mapping[str, Tensor]) -> Tensor:
-    param = piece["param"]
-    if REMAINDER in piece:
-        return formats.decode_remainder(param, piece[REMAINDER])
-    if MASTER in piece:
-        return formats.decode_master(param, piece[MASTER])
-    return param.to(torch.float32, copy=True)
+            measure(_added(old, m, d, scalars), old, master_of(piece["param"], piece), measures)
 
 
 def _encode_param(piece: Mapping[str, Tensor], p: Tensor, random: Tensor | None) -> None:
@@ -217,7 +208,7 @@ def _encode_param(piece: Mapping[str, Tensor], p: Tensor, random: Tensor | None)
     if REMAINDER in piece:
         high, remainder = formats.encode_remainder(p)
         param.copy_(high)
-        piece[REMAINDER].copy_(remainder)
+        piece[REMAINDER].copy_(remainder.view(torch.bfloat16))
     elif MASTER in piece:
         param.copy_(p)
         piece[MASTER].copy_(p)
@@ -233,13 +224,11 @@ def _decoded(name: str, piece: Mapping[str, Tensor]) -> Tensor:
     return x.to(torch.float32, copy=name in piece)
 
 
-def _encode(
-    name: str, piece: Mapping[str, Tensor], x: Tensor, random: Tensor, stochastic: bool
-) -> None:
+def _encode(name: str, piece: Mapping[str, Tensor], x: Tensor, random: Tensor | None) -> None:
     if name not in piece:
         for key, value in zip(("_q", "_scale"), encoded(name, x, random), strict=True):
             piece[name + key].copy_(value)
-    elif stochastic and piece[name].dtype == torch.bfloat16:
+    elif random is not None and piece[name].dtype == torch.bfloat16:
         piece[name].copy_(formats.round_stochastic(x, random))
     else:
         piece[name].copy_(x)

@@ -194,8 +194,7 @@ def _own(storage: storing.Storage, given: Mapping[str, Any], param: Tensor) -> d
     like = local(param)
     if not is_dense(like):
         like = dense_copy(like)
-    lacking = [k for k in storing.lacking(storage, like, given) if storing.known(k, given)]
-    made = storing.make(storage, like, given, lacking)
+    made = storing.converted(storage, like, given)
     unwanted = storing.unwanted(storage, given)
     own: dict[str, Any] = {}
     for key, x in given.items():

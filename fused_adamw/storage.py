@@ -261,6 +261,11 @@ def make(
     return made
 
 
+def converted(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the state has, as it shall be kept, where it is kept otherwise; see `make`."""
+    return make(storage, like, state, [k for k in lacking(storage, like, state) if known(k, state)])
+
+
 def known(key: str, state: Mapping[str, Any]) -> bool:
     """Whether the state has what is kept under the key, in whatever form."""
     if key in (REMAINDER, MASTER):
@@ -311,12 +316,12 @@ def _quantised(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tenso
 
 
 def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """What is updated, in float32: the master, or the param itself."""
+    """What is updated, in float32, a new tensor: the master, or a copy of the param."""
     if REMAINDER in state:
         return formats.decode_remainder(param, state[REMAINDER].view(torch.int16))
     if MASTER in state:
         return formats.decode_master(param, state[MASTER])
-    return param.float()
+    return param.to(torch.float32, copy=True)
 
 
 def _made_master(key: str, param: Tensor, state: Mapping[str, Any]) -> Tensor:

@@ -117,11 +117,6 @@ class Signature(NamedTuple):
         return torch.uint8 in (self.exp_avg, self.exp_avg_sq)
 
     @property
-    def random(self) -> bool:
-        """Whether some store is rounded stochastically."""
-        return self.stochastic or self.exp_avg_sq == torch.uint8
-
-    @property
     def bytes_per_element(self) -> float:
         """Bytes for one element: param, moments and master read and written, the gradient read."""
         moments = [self.exp_avg, *[self.exp_avg_sq] * (2 if self.amsgrad else 1)]
