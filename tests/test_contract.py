@@ -1361,15 +1361,23 @@ def test_stale_dtype_at_the_same_address(
         assert_same(ours, fresh, tolerance=0)
 
 
+def squares(
+    device: torch.device, backend: str
+) -> tuple[FusedAdamW, torch.optim.AdamW, Parameter, Parameter]:
+    """Ours and torch's optimizer after a step, each of one square param: its transpose fits."""
+    p, twin = (Parameter(torch.ones(3, 3, dtype=F64, device=device)) for _ in range(2))
+    ours = FusedAdamW([p], backend=backend)
+    theirs = torch.optim.AdamW([twin], foreach=False)
+    step_all(ours, theirs)
+    return ours, theirs, p, twin
+
+
 @each("key", ["exp_avg", "exp_avg_sq"])
 def test_stale_layout_of_state_at_the_same_address(
     device: torch.device, backend: str, key: str
 ) -> None:
     """A square state transposed in place: the same address, and every element elsewhere."""
-    p, twin = (Parameter(torch.ones(3, 3, dtype=F64, device=device)) for _ in range(2))
-    ours = FusedAdamW([p], backend=backend)
-    theirs = torch.optim.AdamW([twin], foreach=False)
-    step_all(ours, theirs)
+    ours, theirs, p, twin = squares(device, backend)
     for optimizer, x in ((ours, p), (theirs, twin)):
         optimizer.state[x][key] = optimizer.state[x][key].t()
     for _ in range(2):
@@ -1381,11 +1389,8 @@ def test_stale_state_whose_object_has_the_id_of_the_last(
     device: torch.device, backend: str
 ) -> None:
     """A state that died, and its place in memory given to a view of the same elements."""
-    p, twin = (Parameter(torch.ones(3, 3, dtype=F64, device=device)) for _ in range(2))
-    ours = FusedAdamW([p], backend=backend)
-    theirs = torch.optim.AdamW([twin], foreach=False)
+    ours, theirs, p, twin = squares(device, backend)
     memory = torch.zeros(9, dtype=F64, device=device)
-    step_all(ours, theirs)
     ours.state[p]["exp_avg"] = memory.view(3, 3).copy_(ours.state[p]["exp_avg"])
     step_all(ours, theirs)
     last, others = id(ours.state[p].pop("exp_avg")), []

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from captures import Recording, refused_until_a_step
 from torch import Tensor
 from torch.nn import Parameter
 from truth import TrueAdamW, real64
 
-from fused_adamw import FusedAdamW, formats, launch, optimizer, reference, storage, telemetry
+from fused_adamw import FusedAdamW, formats, launch, reference, storage
 from fused_adamw import plan as planning
 from fused_adamw.kernels import table as t
 from fused_adamw.kernels.launch_parameters import LaunchParameters
@@ -516,20 +517,6 @@ def test_no_launch_more_and_no_memory_after_the_first_step(
     assert adamw._telemetry.measures[device] is first
 
 
-class Recording:
-    """Plays a stream capture: launches run at once."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._patch = monkeypatch
-
-    def __enter__(self) -> None:
-        for module in (launch, optimizer, telemetry):
-            self._patch.setattr(module, "is_capturing", lambda device: True)
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.undo()
-
-
 def test_replays_are_seen(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured step writes to the memory that metrics() reads, also when the plan is another."""
     params = make_params(device, [F32, BF16])
@@ -560,13 +547,7 @@ def test_capture_wants_memory_before_it(
     set_grads(1, params)
     adamw.step()
     adamw.group_metrics = True
-    before = [p.detach().clone() for p in params]
-    with Recording(monkeypatch), pytest.raises(RuntimeError, match="measures have no memory"):
-        adamw.step()
-    assert all(map(torch.equal, params, before))
-    adamw.step()
-    with Recording(monkeypatch):
-        adamw.step()
+    refused_until_a_step(adamw, params, monkeypatch, "measures have no memory")
 
 
 def test_differentiable_groups_are_not_measured(device: torch.device) -> None:
