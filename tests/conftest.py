@@ -64,6 +64,27 @@ def _bf16_rounds_to_nearest() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _language_is_patched_once_a_launch() -> Iterator[None]:
+    # The interpreter puts its own triton.language in place when a kernel starts, and once more in
+    # each function that the kernel calls, a third of a step's time. Triton's own ones need that.
+    if ON_CUDA:
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patching = InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__.startswith("triton."):
+            return patching(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -30,11 +31,29 @@ from fused_adamw import FusedAdamW
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}
 
+# Ranks are forked from a process that has imported what takes long: seconds for each, otherwise.
+multiprocessing.set_forkserver_preload(
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "fused_adamw.kernels.adamw",
+        "triton.runtime.interpreter",
+    ]
+)
+
 
 def on_ranks(world: int, scenario: Callable[..., None], *arguments: object) -> None:
     """Run a scenario on ranks that talk through gloo; a failed one raises here."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, Path(folder, "store"), scenario, arguments), nprocs=world)  # type: ignore[no-untyped-call]
+        mp.start_processes(  # type: ignore[no-untyped-call]
+            _rank,
+            (world, Path(folder, "store"), scenario, arguments),
+            nprocs=world,
+            start_method="forkserver",
+        )
 
 
 def in_turn(scenarios: Sequence[tuple[Any, ...]]) -> None:

@@ -1,6 +1,6 @@
 """Several ranks on torch's own engine, over gloo: DTensors, FSDP1 and 2, HSDP, ZeRO-1, checkpoints.
 
-The scenarios are in ranks.py; each is run by processes of its own, which take 5 s to start.
+The scenarios are in ranks.py; each is run by processes of its own.
 """
 
 from __future__ import annotations

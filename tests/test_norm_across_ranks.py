@@ -1,6 +1,6 @@
 """The gradient norm, clipping and skipping over several ranks: who counts, and that all agree.
 
-The scenarios are in ranks_norm.py; one start of processes (5 s) runs several.
+The scenarios are in ranks_norm.py; one start of processes runs several.
 """
 
 from __future__ import annotations

@@ -565,7 +565,7 @@ def test_resume_is_bit_exact(device: torch.device, backend: Any, name: str, amsg
     options: Any = {"backend": backend, "amsgrad": amsgrad, "lr": 0.01, **FORMATS[name]}
     params, others = make(device, BF16), make(device, BF16)
     straight = FusedAdamW(params, seed=5, **options)
-    train(straight, range(3))
+    train(straight, range(2))
     file = io.BytesIO()
     torch.save(straight.state_dict(), file)
     file.seek(0)
@@ -579,9 +579,8 @@ def test_resume_is_bit_exact(device: torch.device, backend: Any, name: str, amsg
         for value in x.values():
             if isinstance(value, Tensor):
                 value.fill_(1)  # nothing is aliased
-    for _ in range(2):
-        train(straight, range(3, 5))
-        train(resumed, range(3, 5))
+    train(straight, range(2, 4))
+    train(resumed, range(2, 4))
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
         a, b = straight.state[p], resumed.state[q]
