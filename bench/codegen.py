@@ -138,7 +138,7 @@ class Report:
     registers: int
     spills: int  # NVIDIA: local loads and stores; AMD: registers spilled
     stack: int  # bytes a thread
-    shared: int  # bytes a program
+    shared: int  # bytes a program, that the launch asks for
     instructions: int
     instructions_per_element: float | None  # up to the vector path's last store; one signature
     loads: dict[int, int]  # bits -> how many of tensor elements, that is with a lane's own address
@@ -267,7 +267,7 @@ def compile_case(name: str, target: str, case: Case | None = None) -> Report:
         registers=code.registers,
         spills=code.spills,
         stack=code.stack,
-        shared=code.shared,
+        shared=launch.compiled.metadata.shared,
         instructions=code.instructions,
         instructions_per_element=cost,
         loads=code.loads,
@@ -279,7 +279,6 @@ class _Code(NamedTuple):
     registers: int
     spills: int
     stack: int
-    shared: int
     instructions: int
     last_vector_store: int | None  # instructions up to it; the vector path comes first
     loads: dict[int, int]
@@ -287,8 +286,8 @@ class _Code(NamedTuple):
 
 
 def _read_nvidia(asm: dict[str, Any], narrow: bool) -> _Code:
-    usage, sass = _cuobjdump(asm["cubin"], "-res-usage"), _cuobjdump(asm["cubin"], "-sass")
-    used = {key: int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    sass = _cuobjdump(asm["cubin"], "-res-usage", "-sass")
+    used = {key: int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", sass)}
     # /*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S+)", sass, re.MULTILINE)
     code = code[: _end(code, lambda op: op == "BRA")]  # a branch to itself and NOPs pad the end
@@ -299,7 +298,6 @@ def _read_nvidia(asm: dict[str, Any], narrow: bool) -> _Code:
         registers=used["REG"],
         spills=sum(op.startswith(("LDL", "STL")) for op in code),
         stack=used["STACK"],
-        shared=used["SHARED"],
         instructions=len(code),
         last_vector_store=_last(
             code,
@@ -310,12 +308,12 @@ def _read_nvidia(asm: dict[str, Any], narrow: bool) -> _Code:
     )
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
+def _cuobjdump(cubin: bytes, *options: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        run = subprocess.run([tool, option, file], capture_output=True, text=True, check=True)
+        run = subprocess.run([tool, *options, file], capture_output=True, text=True, check=True)
     return run.stdout
 
 
@@ -344,7 +342,6 @@ def _read_amd(asm: dict[str, Any], narrow: bool) -> _Code:
         registers=used["vgpr_count"],
         spills=used["vgpr_spill_count"] + used["sgpr_spill_count"],
         stack=used["private_segment_fixed_size"],
-        shared=used["group_segment_fixed_size"],
         instructions=len(code),
         last_vector_store=_last(
             code,
