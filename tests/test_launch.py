@@ -70,7 +70,10 @@ def test_a_device_scalar_is_never_uploaded_again(device: torch.device, uploads: 
 
 
 class Operations(TorchDispatchMode):
-    """torch's operations on tensors: on a GPU most are launches, and the rest costs the host."""
+    """torch's operations on tensors: on a GPU most are launches, and the rest costs the host.
+
+    One that reads a tensor from the host is an error.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +82,15 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "profiler":  # torch's Optimizer.step marks its start and end
             self.seen.append(str(func))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a step has read a tensor from the host")
         return func(*args, **(kwargs or {}))
+
+
+def test_operations_see_a_host_read() -> None:
+    """So that the tests below can fail."""
+    with Operations(), pytest.raises(AssertionError, match="has read a tensor"):
+        float(torch.ones(()))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,32 @@ def test_a_step_is_its_launches_and_nothing_else(
     assert operations.seen == []
     with_norm = not {"max_grad_norm", "skip_nonfinite"}.isdisjoint(options)
     assert launched == [*["sum_squares"] * with_norm, "schedule", "adamw"]
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "grad_scaler"])
+def test_a_step_reads_nothing_from_the_device(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    """From the first step on, with gradients that move and go and options that change."""
+    kernels = launch.load_kernels(device)
+    for module, name in ((kernels.schedule, "schedule"), (kernels.adamw, "adamw")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    params = model(device)
+    adamw: Any = FusedAdamW(params, amsgrad=True, backend="triton")
+    if scaled:
+        adamw.grad_scale = torch.tensor(2.0, device=device)
+        adamw.found_inf = torch.tensor(0.0, device=device)
+    for step in range(4):
+        for i, p in enumerate(params):
+            p.grad = None if i == step else torch.randn_like(p)
+        adamw.param_groups[0]["lr"] = 0.1 * step
+        with Operations() as operations:
+            adamw.step()
+        # Words are written through NumPy, whose view of a tensor begins with detach(). State is
+        # made in step 0, and in step 1 for the param that was absent.
+        first = {"zeros_like.default", "lift_fresh.default", "unbind.int"} if step < 2 else set()
+        known = {"empty.memory_format", "detach.default", "slice.Tensor", "copy_.default"}
+        assert {name.removeprefix("aten.") for name in operations.seen} <= known | first
 
 
 def test_captured_step_has_memory_of_its_own(

@@ -1,0 +1,189 @@
+"""What is wrong with a tensor or an option is told, and nothing has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from twins import (
+    Wrapper,
+    assert_same,
+    assert_unchanged,
+    beside_torch,
+    give_grads,
+    params_of,
+    snapshot,
+    step_all,
+)
+
+from fused_adamw import FusedAdamW
+
+each = pytest.mark.parametrize
+
+
+class ElsewhereGrad(Parameter):
+    """torch lets no gradient of another device in: hand one out."""
+
+    @property  # type: ignore[override]
+    def grad(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _sparse(optimizer: FusedAdamW, p: Tensor) -> None:
+    p.grad = torch.ones_like(p, requires_grad=False).to_sparse()
+
+
+def _state(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[FusedAdamW, Tensor], None]:
+    def bad(optimizer: FusedAdamW, p: Tensor) -> None:
+        optimizer.state[p][key] = change(optimizer.state[p][key])
+
+    return bad
+
+
+def _add(make: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+    def bad(optimizer: FusedAdamW, p: Tensor) -> None:
+        new = make(p.detach())
+        optimizer.add_param_group({"params": [new]})
+        if type(new) is Parameter:
+            new.grad = torch.empty_like(new, requires_grad=False)
+        elif isinstance(new, Wrapper):
+            new.grad = Wrapper(p.detach())
+
+    return bad
+
+
+def _hyper(**values: Any) -> Callable[[FusedAdamW, Tensor], None]:
+    return lambda optimizer, p: optimizer.param_groups[0].update(values)
+
+
+def _expanded(p: Tensor) -> Tensor:
+    return Parameter(p.new_ones(1, 4).expand(3, 4))
+
+
+def _int(p: Tensor) -> Tensor:
+    return Parameter(p.new_ones(3, dtype=torch.int32), requires_grad=False)
+
+
+def _float8(p: Tensor) -> Tensor:
+    return Parameter(p.new_ones(3).to(torch.float8_e5m2), requires_grad=False)
+
+
+def _conj(p: Tensor) -> Tensor:
+    return Parameter(torch.ones(3, dtype=torch.complex64, device=p.device).conj())
+
+
+STEP_ERRORS: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
+    "sparse_grad": (_sparse, RuntimeError, "does not support sparse gradients, please consider S"),
+    "expanded_param": (_add(_expanded), RuntimeError, "overlapping elements"),
+    "grad_elsewhere": (_add(ElsewhereGrad), RuntimeError, "gradient is on meta"),
+    "int_param": (_add(_int), TypeError, "torch.int32"),
+    "float8_param": (_add(_float8), TypeError, "torch.float8_e5m2"),
+    # torch refuses it, too: an update of the stored elements would be that of the conjugates
+    "conjugated_param": (_add(_conj), RuntimeError, "conj"),
+    "state_elsewhere": (
+        _state("exp_avg", lambda x: x.to("meta")),
+        RuntimeError,
+        "exp_avg of .* is on meta",
+    ),
+    "state_shape": (_state("exp_avg_sq", lambda x: x[:-1]), RuntimeError, "exp_avg_sq of .* shape"),
+    "state_dtype": (
+        _state("exp_avg", lambda x: x.to(torch.int64)),
+        TypeError,
+        "exp_avg of .*int64",
+    ),
+    "step_elsewhere": (_state("step", lambda x: x.to("meta")), RuntimeError, "step"),
+    "step_shape": (_state("step", lambda x: x.repeat(2)), RuntimeError, "step"),
+    "state_missing": (
+        lambda optimizer, p: optimizer.state[p].pop("exp_avg"),
+        RuntimeError,
+        r"not \['exp_avg'\]",
+    ),
+    "lr_nan": (_hyper(lr=float("nan")), ValueError, "Invalid learning rate: nan"),
+    "lr_inf": (_hyper(lr=float("inf")), ValueError, "Invalid learning rate: inf"),
+    "betas": (_hyper(betas=(0.9, 1.0)), ValueError, "Invalid beta parameter at index 1"),
+    "eps": (_hyper(eps=-1.0), ValueError, "Invalid epsilon"),
+    "weight_decay": (_hyper(weight_decay=float("nan")), ValueError, "Invalid weight_decay"),
+}
+
+
+@each("spoil, error, words", STEP_ERRORS.values(), ids=STEP_ERRORS)
+@each("steps", [0, 1], ids=["first_step", "later_step"])
+def test_an_error_of_a_step_changes_nothing(
+    device: torch.device,
+    backend: str,
+    steps: int,
+    spoil: Callable[..., None],
+    error: type[Exception],
+    words: str,
+) -> None:
+    """What is wrong with one tensor leaves all others as they are, and the next step works."""
+    ours, theirs = beside_torch(device, backend)
+    for _ in range(steps):
+        step_all(ours, theirs)
+    victim = params_of(ours)[1]
+    if not steps and spoil.__qualname__.startswith("_state"):
+        ours.state[victim] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(victim.data),
+            "exp_avg_sq": torch.zeros_like(victim.data),
+        }
+    elif not steps and "pop" in spoil.__code__.co_names:
+        ours.state[victim] = {"step": torch.zeros((), device=device)}
+        ours.state[victim]["exp_avg_sq"] = torch.zeros_like(victim.data)
+        spoil = lambda optimizer, p: None  # noqa: E731
+    give_grads(ours, theirs)
+    state, groups = dict(ours.state[victim]) if victim in ours.state else None, ours.param_groups
+    options, count, grad = dict(groups[0]), len(groups), victim.grad
+    spoil(ours, victim)
+    before = snapshot(ours)
+    for _ in range(2):  # the second time it is no surprise, and still an error
+        with pytest.raises(error, match=words):
+            ours.step()
+        assert_unchanged(ours, before)
+    # undo what was spoilt: the step is then as if nothing had been
+    del groups[count:]
+    groups[0].update(options)
+    victim.grad = grad
+    if steps and state is not None:
+        ours.state[victim] = state
+    elif not steps:
+        ours.state.pop(victim, None)
+    ours.step()
+    theirs.step()
+    assert_same(ours, theirs)
+
+
+def test_tensor_subclass_is_refused_where_it_is_passed(device: torch.device, backend: str) -> None:
+    wrapper = Wrapper(torch.ones(3, device=device))
+    with pytest.raises(TypeError, match="is a Wrapper, a tensor subclass"):
+        FusedAdamW([wrapper], backend=backend)
+    ours = FusedAdamW([Parameter(torch.ones(3, device=device))], backend=backend)
+    with pytest.raises(TypeError, match="is a Wrapper, a tensor subclass"):
+        ours.add_param_group({"params": [wrapper]})
+    assert len(ours.param_groups) == 1
+
+
+def test_running_out_of_memory_for_state_changes_nothing(
+    device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = Parameter(torch.ones(3, device=device))
+    p.grad = torch.ones_like(p, requires_grad=False)
+    ours = FusedAdamW([p], backend=backend)
+    real, calls = torch.zeros_like, iter(range(2))
+
+    def runs_out(*args: Any, **kwargs: Any) -> Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.step()
+    monkeypatch.undo()
+    assert not ours.state
+    ours.step()
+    assert float(ours.state[p]["step"]) == 1

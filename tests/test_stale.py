@@ -1,0 +1,532 @@
+"""Whatever may change between two steps is noticed: nothing of the last step is used wrongly.
+
+Each is done to ours and to torch.optim.AdamW, then both go on.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from truth import set_grad
+from twins import (
+    CONTRACT,
+    F64,
+    FLOAT32,
+    OPTIONS,
+    assert_same,
+    assert_unchanged,
+    beside_torch,
+    give_grads,
+    params_of,
+    snapshot,
+    step_all,
+)
+
+from fused_adamw import FusedAdamW, plan
+
+each = pytest.mark.parametrize
+
+
+def _at_other_memory(o: Any, p: Tensor) -> None:
+    p.data = p.data.clone()
+
+
+def _other_dtype(o: Any, p: Tensor) -> None:
+    p.data = p.data.to(torch.float32)
+    for key in ("exp_avg", "exp_avg_sq"):
+        o.state[p][key] = o.state[p][key].to(torch.float32)
+
+
+def _other_shape(o: Any, p: Tensor) -> None:
+    p.grad = None
+    p.data = torch.ones(2, 7, dtype=p.dtype, device=p.device)
+    o.state.pop(p)
+
+
+def _other_layout(o: Any, p: Tensor) -> None:
+    p.grad = None
+    p.data = p.data.contiguous() if not p.is_contiguous() else p.data
+
+
+def _same_memory_transposed(o: Any, p: Tensor) -> None:
+    """The address stays, and the numel; the shape and what the elements mean do not."""
+    p.grad = None
+    p.data = p.data.t()
+    for key in ("exp_avg", "exp_avg_sq"):
+        o.state[p][key] = o.state[p][key].t()
+
+
+def _state_replaced(o: Any, p: Tensor) -> None:
+    """As RL trainers do, which move states to the CPU and back."""
+    for key, value in o.state[p].items():
+        o.state[p][key] = value.clone() * 0.5 if key != "step" else value.clone()
+
+
+def _state_swapped_through_data(o: Any, p: Tensor) -> None:
+    """The objects stay, their memory does not."""
+    for key, value in o.state[p].items():
+        value.data = value.data * 0.5 if key != "step" else torch.full_like(value, 5)
+
+
+def _states_swapped(o: Any, p: Tensor) -> None:
+    """The same objects under each other's keys; one is for a square root, so without a sign."""
+    state = o.state[p]
+    state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"].abs_()
+
+
+def _state_written_in_place(o: Any, p: Tensor) -> None:
+    o.state[p]["exp_avg"].mul_(0.5)
+    o.state[p]["step"].fill_(7)
+
+
+def _step_replaced(o: Any, p: Tensor) -> None:
+    o.state[p]["step"] = torch.tensor(5.0)
+
+
+def _all_state_cleared(o: Any, p: Tensor) -> None:
+    o.state.clear()
+
+
+def _one_state_deleted(o: Any, p: Tensor) -> None:
+    del o.state[p]
+
+
+def _add_group(o: Any, p: Tensor) -> None:
+    torch.manual_seed(7)
+    o.add_param_group({"params": [Parameter(torch.randn(3, dtype=F64, device=p.device))], "lr": 1})
+
+
+def _loaded(o: Any, p: Tensor) -> None:
+    saved = copy.deepcopy(o.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    for state in saved["state"].values():
+        state["exp_avg"] *= 2
+    o.load_state_dict(saved)
+
+
+def _param_appended(o: Any, p: Tensor) -> None:
+    torch.manual_seed(7)
+    new = Parameter(torch.randn(4, dtype=F64, device=p.device))
+    o.param_groups[0]["params"].insert(1, new)
+
+
+def _param_removed(o: Any, p: Tensor) -> None:
+    del o.param_groups[0]["params"][1]
+
+
+def _params_reversed(o: Any, p: Tensor) -> None:
+    o.param_groups[0]["params"].reverse()
+
+
+def _param_moved_to_another_group(o: Any, p: Tensor) -> None:
+    other = o.param_groups[0]["params"].pop(1)
+    o.add_param_group({"params": [other], "lr": 0.5, "weight_decay": 0.0})
+
+
+def _param_object_replaced(o: Any, p: Tensor) -> None:
+    """Another Parameter over the same memory: torch's state belongs to the object, so it is new."""
+    params = o.param_groups[0]["params"]
+    params[next(i for i, x in enumerate(params) if x is p)] = Parameter(p.data)
+
+
+def _options_changed(o: Any, p: Tensor) -> None:
+    o.param_groups[0].update(lr=0.2, betas=(0.5, 0.7), eps=1e-3, weight_decay=0.3, maximize=True)
+
+
+STALE = {
+    f.__name__.strip("_"): f
+    for f in (
+        _at_other_memory,
+        _other_shape,
+        _other_layout,
+        _same_memory_transposed,
+        _state_replaced,
+        _state_swapped_through_data,
+        _states_swapped,
+        _state_written_in_place,
+        _step_replaced,
+        _all_state_cleared,
+        _one_state_deleted,
+        _add_group,
+        _loaded,
+        _param_appended,
+        _param_removed,
+        _params_reversed,
+        _param_moved_to_another_group,
+        _param_object_replaced,
+        _options_changed,
+    )
+}
+
+
+@each("change", STALE.values(), ids=STALE)
+@each("which, absent", [(0, None), (0, 2), (1, None)], ids=["", "one_idle", "second_part"])
+def test_stale(
+    device: torch.device,
+    backend: str,
+    change: Callable[..., None],
+    which: int,
+    absent: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "IN_CACHE", 1)  # so that each param is another part of a look
+    ours, theirs = beside_torch(device, backend)
+    for _ in range(2):  # the second with the first one's plan
+        step_all(ours, theirs, absent=absent)
+    for optimizer in (ours, theirs):
+        change(optimizer, params_of(optimizer)[which])
+    for _ in range(2):
+        step_all(ours, theirs, absent=absent)
+        assert_same(ours, theirs)
+
+
+def test_stale_dtype_of_param_and_state(device: torch.device, backend: str) -> None:
+    """Other memory of another dtype; compared in float32, whose rounding it then has."""
+    ours, theirs = beside_torch(device, backend)
+    step_all(ours, theirs)
+    for optimizer in (ours, theirs):
+        _other_dtype(optimizer, params_of(optimizer)[0])
+    for _ in range(2):
+        step_all(ours, theirs)
+        assert_same(ours, theirs, tolerance=FLOAT32)
+
+
+@each("through_data", [False, True], ids=["", "through_data"])
+@each("key", ["exp_avg", "exp_avg_sq", "param"])
+def test_stale_dtype_at_the_same_address(
+    device: torch.device, backend: str, key: str, through_data: bool
+) -> None:
+    """Memory freed and given out again at once, now for 9 float64 where 9 float32 were.
+
+    The allocators round sizes up (CUDA's to 512 bytes), so that this is nothing rare. Params are
+    always swapped through `.data`; a state may be, and keeps its object then.
+    """
+    p = Parameter(torch.randn(9, device=device))
+    ours = FusedAdamW([p], **OPTIONS, backend=backend)
+    memory = torch.zeros(9, dtype=F64, device=device)
+    as32 = memory.view(torch.float32)[:9]
+    if key == "param":
+        as32.copy_(p.data)
+        p.data = as32
+    step_all(ours)
+    if key != "param":
+        as32.copy_(ours.state[p][key])
+        ours.state[p][key] = as32
+    step_all(ours)
+    # what is now there as float64, and the truth beside it at an address of its own
+    value = as32.to(F64)
+    memory.copy_(value)
+    twin = Parameter(value.clone() if key == "param" else p.detach().clone())
+    fresh = FusedAdamW([twin], **OPTIONS, backend=backend)
+    fresh.state[twin] = {k: x.clone() for k, x in ours.state[p].items()}
+    if key == "param":
+        p.grad = None
+        p.data = memory
+    else:
+        if through_data:
+            ours.state[p][key].data = memory
+        else:
+            ours.state[p][key] = memory
+        fresh.state[twin][key] = value.clone()
+    for _ in range(2):
+        step_all(ours, fresh)
+        assert_same(ours, fresh, tolerance=0)
+
+
+def squares(
+    device: torch.device, backend: str
+) -> tuple[FusedAdamW, torch.optim.AdamW, Parameter, Parameter]:
+    """Ours and torch's optimizer after a step, each of one square param: its transpose fits."""
+    p, twin = (Parameter(torch.ones(3, 3, dtype=F64, device=device)) for _ in range(2))
+    ours = FusedAdamW([p], backend=backend)
+    theirs = torch.optim.AdamW([twin], foreach=False)
+    step_all(ours, theirs)
+    return ours, theirs, p, twin
+
+
+@each("key", ["exp_avg", "exp_avg_sq"])
+def test_stale_layout_of_state_at_the_same_address(
+    device: torch.device, backend: str, key: str
+) -> None:
+    """A square state transposed in place: the same address, and every element elsewhere."""
+    ours, theirs, p, twin = squares(device, backend)
+    for optimizer, x in ((ours, p), (theirs, twin)):
+        optimizer.state[x][key] = optimizer.state[x][key].t()
+    for _ in range(2):
+        step_all(ours, theirs)
+        assert_same(ours, theirs)
+
+
+def test_stale_state_whose_object_has_the_id_of_the_last(
+    device: torch.device, backend: str
+) -> None:
+    """A state that died, and its place in memory given to a view of the same elements."""
+    ours, theirs, p, twin = squares(device, backend)
+    memory = torch.zeros(9, dtype=F64, device=device)
+    ours.state[p]["exp_avg"] = memory.view(3, 3).copy_(ours.state[p]["exp_avg"])
+    step_all(ours, theirs)
+    last, others = id(ours.state[p].pop("exp_avg")), []
+    while id(transposed := memory.as_strided((3, 3), (1, 3))) != last:
+        others.append(transposed)  # kept, so that the next one is elsewhere
+        assert len(others) < 10_000
+    ours.state[p]["exp_avg"] = transposed
+    theirs.state[twin]["exp_avg"] = theirs.state[twin]["exp_avg"].t()
+    for _ in range(2):
+        step_all(ours, theirs)
+        assert_same(ours, theirs)
+
+
+def test_between_steps_gradients_and_states_are_the_users_alone(
+    device: torch.device, backend: str
+) -> None:
+    """Whoever lets go of one gets its memory back."""
+    ours = FusedAdamW([Parameter(torch.ones(3, device=device))], backend=backend)
+    step_all(ours)
+    (p,) = params_of(ours)
+    held = [weakref.ref(x) for x in (p.grad, *ours.state[p].values())]
+    p.grad = None
+    ours.state[p].clear()
+    assert [ref() for ref in held] == [None] * 4
+
+
+def test_stale_shape_of_state_at_the_same_address(device: torch.device, backend: str) -> None:
+    """A state cut short in place is refused, not read past its end."""
+    ours, theirs = beside_torch(device, backend)
+    step_all(ours, theirs)
+    p = params_of(ours)[1]
+    ours.state[p]["exp_avg"] = ours.state[p]["exp_avg"][:-1]
+    give_grads(ours)
+    before = snapshot(ours)
+    with pytest.raises(RuntimeError, match=r"exp_avg of .* shape"):
+        ours.step()
+    assert_unchanged(ours, before)
+
+
+def test_amsgrad_switched_on_in_mid_training(device: torch.device, backend: str) -> None:
+    """The maximum starts at zero, as of a fresh optimizer with the same other state."""
+    ours, theirs = beside_torch(device, backend)
+    step_all(ours, theirs)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["amsgrad"] = True
+    for p in params_of(theirs):
+        theirs.state[p]["max_exp_avg_sq"] = torch.zeros_like(p.data)
+    for _ in range(2):
+        step_all(ours, theirs)
+        assert_same(ours, theirs)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["amsgrad"] = False
+    step_all(ours, theirs)
+    assert_same(ours, theirs)
+
+
+def test_gradients_that_come_and_go(
+    device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a param that had none in the first steps, and for all at once."""
+    monkeypatch.setattr(plan, "IN_CACHE", 2)  # so that there are parts of a look: 2 params and 1
+    ours, theirs = beside_torch(device, backend)
+    pattern = [(1, 0, 0), (1, 1, 0), (0, 0, 0), (0, 1, 1), (1, 1, 1), (0, 1, 0), (1, 0, 1)]
+    for present in pattern:
+        give_grads(ours, theirs)
+        for optimizer in (ours, theirs):
+            for p, here in zip(params_of(optimizer), present, strict=True):
+                if not here:
+                    p.grad = None
+            optimizer.step()
+        assert_same(ours, theirs)
+
+
+def test_one_gradient_given_to_two_params_in_turn(device: torch.device, backend: str) -> None:
+    """The same address, dtype and layout: only whose it is tells the steps apart."""
+    ours, theirs = (
+        make([Parameter(torch.ones(3, dtype=F64, device=device)) for _ in range(2)])
+        for make in (
+            lambda params: FusedAdamW(params, backend=backend),
+            lambda params: torch.optim.AdamW(params, foreach=False),
+        )
+    )
+    grad = torch.randn(3, dtype=F64, device=device)
+    for turn in (0, 1, 0, 0, 1, 1):
+        for optimizer in (ours, theirs):
+            for place, p in enumerate(params_of(optimizer)):
+                p.grad = grad if place == turn else None
+            optimizer.step()
+        assert_same(ours, theirs)
+
+
+GRAD_CHANGES: dict[str, tuple[tuple[int, ...], list[Callable[[Tensor], Tensor]]]] = {
+    "stride": ((3, 3), [lambda m: m[:9].view(3, 3), lambda m: m[:9].view(3, 3).t()]),
+    "dtype": (
+        (9,),
+        [
+            lambda m: m[:9],
+            lambda m: m.view(torch.float32)[:9],
+            lambda m: m.view(torch.bfloat16)[:9],
+        ],
+    ),
+    # an imaginary part of a conjugate; of more elements it is not contiguous
+    "negated_when_read": (
+        (1,),
+        [lambda m: m[1:2], lambda m: torch.view_as_complex(m[:2].view(1, 2)).conj().imag],
+    ),
+    "negated_and_strided": (
+        (4,),
+        [lambda m: m[1:9:2], lambda m: torch.view_as_complex(m[:8].view(4, 2)).conj().imag],
+    ),
+    "expanded": ((3, 3), [lambda m: m[:9].view(3, 3), lambda m: m[:3].expand(3, 3)]),
+}
+
+
+@each("name", GRAD_CHANGES)
+@each("how", ["assigned", "away_between", "through_data"])
+def test_another_gradient_at_the_same_address(
+    device: torch.device, backend: str, name: str, how: str
+) -> None:
+    """Views of one buffer in turn, so that only dtype, stride or a lazy sign tells them apart."""
+    shape, views = GRAD_CHANGES[name]
+    memory = torch.randn(9, dtype=F64, device=device)
+    memory.view(torch.bfloat16)[:] = torch.randn(36, device=device)  # sane in every dtype
+    other = Parameter(torch.ones(2, dtype=F64, device=device))
+    p, twin, other_twin = (
+        Parameter(torch.ones(shape, dtype=F64, device=device)),
+        Parameter(torch.ones(shape, dtype=F64, device=device)),
+        Parameter(torch.ones(2, dtype=F64, device=device)),
+    )
+    ours = FusedAdamW([p, other], eps=1e-3, backend=backend)
+    theirs = torch.optim.AdamW([twin, other_twin], eps=1e-3, foreach=False)
+    for _ in range(2):
+        for view in (view for view in views for _ in range(3)):
+            grad = view(memory)
+            if name == "dtype" and grad.dtype == F64:
+                grad.nan_to_num_(0.0, 0.0, 0.0).clamp_(-4, 4)
+            if how == "through_data" and p.grad is not None:
+                p.grad.data = grad
+            else:
+                set_grad(p, grad)
+            twin.grad = grad.to(F64, copy=True).resolve_neg()
+            other.grad = torch.ones_like(other, requires_grad=False)
+            other_twin.grad = other.grad.clone()
+            ours.step()
+            theirs.step()
+            assert_same(ours, theirs)
+            if how == "away_between":
+                p.grad = twin.grad = None
+                ours.step()
+                theirs.step()
+                assert_same(ours, theirs)
+
+
+@each("what", ["grad", "param"])
+def test_other_strides_at_the_same_address_where_none_are_contiguous(
+    device: torch.device, backend: str, what: str
+) -> None:
+    """A dense cube in one order of dimensions, then in another, neither of which is contiguous."""
+    orders = ((0, 2, 1), (1, 0, 2))
+    p, twin = (
+        Parameter(torch.ones(2, 2, 2, dtype=F64, device=device).permute(orders[0]))
+        for _ in range(2)
+    )
+    ours, theirs = FusedAdamW([p], backend=backend), torch.optim.AdamW([twin], foreach=False)
+    memory = torch.empty(2, 2, 2, dtype=F64, device=device)
+    for step in range(6):
+        grad = memory.copy_(torch.randn_like(memory)).permute(orders[what == "grad" and step > 2])
+        if what == "param" and step == 3:
+            for x in (p, twin):
+                x.data = x.data.as_strided((2, 2, 2), (2, 4, 1))
+        p.grad, twin.grad = grad, grad.clone()
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+
+
+def test_conjugated_gradient_at_the_same_address(device: torch.device, backend: str) -> None:
+    z, twin = (Parameter(torch.ones(3, dtype=torch.complex128, device=device)) for _ in range(2))
+    ours, theirs = FusedAdamW([z], backend=backend), torch.optim.AdamW([twin], foreach=False)
+    memory = torch.randn(3, dtype=torch.complex128, device=device)
+    for grad in (memory, memory.conj(), memory):
+        z.grad, twin.grad = grad, grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(z, twin, **CONTRACT)
+
+
+def test_gradient_of_another_layout_after_many_of_one(device: torch.device, backend: str) -> None:
+    p, twin = (Parameter(torch.ones(4, 6, dtype=F64, device=device)) for _ in range(2))
+    ours, theirs = FusedAdamW([p], backend=backend), torch.optim.AdamW([twin], foreach=False)
+    for step in range(8):
+        grad = torch.randn(4, 6, dtype=F64, device=device)
+        if step >= 4:
+            grad = torch.randn(6, 4, dtype=F64, device=device).t()
+        p.grad, twin.grad = grad, grad.clone()
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+
+
+def test_param_of_another_layout_at_the_same_address(device: torch.device, backend: str) -> None:
+    """Transposed in place: same object, address, dtype and numel, other elements."""
+    p, twin = (Parameter(torch.ones(4, 6, dtype=F64, device=device)) for _ in range(2))
+    ours, theirs = FusedAdamW([p], backend=backend), torch.optim.AdamW([twin], foreach=False)
+    for step in range(8):
+        if step == 4:
+            for x in (p, twin):
+                x.data = x.data.view(-1).view(6, 4).t()
+        p.grad = torch.randn(4, 6, dtype=F64, device=device)
+        twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs)
+
+
+def test_shorter_param_at_the_same_address_is_refused(device: torch.device, backend: str) -> None:
+    buffer = torch.ones(8, device=device)
+    p = Parameter(buffer)
+    ours = FusedAdamW([p], backend=backend)
+    for _ in range(4):
+        step_all(ours)
+    before = buffer.clone()
+    p.grad = None
+    p.data = buffer[:4]
+    p.grad = torch.ones(4, device=device)
+    with pytest.raises(RuntimeError, match=r"exp_avg of .* shape"):
+        ours.step()
+    assert torch.equal(buffer, before)
+    assert float(ours.state[p]["step"]) == 4
+
+
+def test_step_of_another_dtype_at_the_same_address(device: torch.device, backend: str) -> None:
+    """The count is read in its new dtype."""
+    p = Parameter(torch.ones(3, device=device))
+    ours = FusedAdamW([p], backend=backend)
+    memory = torch.zeros(1, dtype=F64, device=device)
+    step_all(ours)
+    for dtype in (torch.float32, F64, torch.float32):
+        count = memory.view(dtype)[0]
+        ours.state[p]["step"] = count.copy_(4.0)
+        for expected in (5.0, 6.0, 7.0):
+            step_all(ours)
+            assert float(ours.state[p]["step"]) == expected
+
+
+def test_amsgrad_switched_on_over_moments_of_another_dtype(
+    device: torch.device, backend: str
+) -> None:
+    """The maximum is kept in the dtype of what it is the maximum of."""
+    p = Parameter(torch.ones(16, dtype=torch.bfloat16, device=device))
+    ours = FusedAdamW([p], backend=backend)
+    step_all(ours)
+    for key in ("exp_avg", "exp_avg_sq"):
+        ours.state[p][key] = ours.state[p][key].float()
+    ours.param_groups[0]["amsgrad"] = True
+    for _ in range(3):
+        step_all(ours)
+    state = ours.state[p]
+    assert state["max_exp_avg_sq"].dtype == state["exp_avg_sq"].dtype == torch.float32
+    assert (state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()
