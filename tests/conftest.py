@@ -14,6 +14,9 @@ import torch
 ON_CUDA = torch.cuda.is_available()
 if not ON_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do their processes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
