@@ -159,8 +159,9 @@ def add_up(
 
 def device_of(given: Any) -> torch.device:
     """Where a rank without any param takes part in the norm: as the others, on an accelerator."""
+    # the build's: a CUDA wheel names it on a machine without a GPU, too
     accelerator = torch.accelerator.current_accelerator()
-    if given is None or accelerator is None:
+    if given is None or accelerator is None or not torch.accelerator.is_available():
         return torch.device("cpu")
     served = torch.distributed.get_backend_config(given)  # "cpu:gloo,cuda:nccl"
     return accelerator if f"{accelerator.type}:" in served else torch.device("cpu")

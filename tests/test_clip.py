@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-from fused_adamw import FusedAdamW, reference
+from fused_adamw import FusedAdamW, norm, reference
 from fused_adamw.kernels import table as t
 from fused_adamw.launch import Launcher
 
@@ -375,3 +375,21 @@ def test_differentiable_groups_cannot_be_clipped(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="cannot be clipped or skipped"):
         optimizer.step()
     assert not optimizer.state
+
+
+@each(
+    ("there", "served", "home"),
+    [
+        (True, "cpu:gloo,cuda:nccl", "cuda"),
+        (True, "cpu:gloo", "cpu"),
+        (False, "cpu:gloo,cuda:gloo", "cpu"),
+    ],
+)
+def test_where_a_rank_without_params_takes_part(
+    monkeypatch: pytest.MonkeyPatch, there: bool, served: str, home: str
+) -> None:
+    """torch's CUDA build names its accelerator on a machine that has none as well."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: served)
+    assert norm.device_of(object()) == torch.device(home)

@@ -298,6 +298,9 @@ def test_lanes_past_the_end_do_not_count(device: torch.device, backend: Any) -> 
     params = make_params(device, [F32, BF16])
     adamw = FusedAdamW(params, eps=0.0, group_metrics=True, backend=backend)
     set_grads(1, params)
+    for p in params:
+        if p.grad is not None:
+            p.grad.masked_fill_(p.grad == 0, 1.0)  # torch 2.11's randn gives zeros in bfloat16
     expected = Expected(adamw)
     adamw.step()
     expected.check(adamw.metrics())
