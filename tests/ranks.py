@@ -26,10 +26,18 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from twins import TORCH_VERSION
 
 from fused_adamw import FusedAdamW
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}
+
+# What torch 2.6 says, and lacks.
+LACKING = {
+    "'Stream' object has no attribute 'record_event'": "FSDP2 on a CPU",
+    "unexpected keyword argument 'src_data_rank'": "distribute_tensor without a collective",
+    "FSDP+TP sharding does not support uneven sharding": "uneven shards of shards",
+}
 
 # Ranks are forked from a process that has imported what takes long: seconds for each, otherwise.
 multiprocessing.set_forkserver_preload(
@@ -46,14 +54,20 @@ multiprocessing.set_forkserver_preload(
 
 
 def on_ranks(world: int, scenario: Callable[..., None], *arguments: object) -> None:
-    """Run a scenario on ranks that talk through gloo; a failed one raises here."""
+    """Run a scenario on ranks that talk through gloo; a failed one raises, or skips, here."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(  # type: ignore[no-untyped-call]
-            _rank,
-            (world, Path(folder, "store"), scenario, arguments),
-            nprocs=world,
-            start_method="forkserver",
-        )
+        try:
+            mp.start_processes(  # type: ignore[no-untyped-call]
+                _rank,
+                (world, Path(folder, "store"), scenario, arguments),
+                nprocs=world,
+                start_method="forkserver",
+            )
+        except mp.ProcessRaisedException as error:
+            for word, what in LACKING.items():
+                if TORCH_VERSION < (2, 7) and word in str(error):
+                    pytest.skip(f"torch {torch.__version__} has no {what}")
+            raise
 
 
 def in_turn(scenarios: Sequence[tuple[Any, ...]]) -> None:

@@ -15,6 +15,7 @@ from truth import same_bits, set_grad
 
 from fused_adamw import FusedAdamW
 
+TORCH_VERSION = tuple(int(n) for n in torch.__version__.split(".")[:2])
 CONTRACT = {"rtol": 1e-12, "atol": 1e-14}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}  # some ULPs of float32, over 6 steps
 F64 = torch.float64
