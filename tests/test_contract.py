@@ -529,6 +529,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @each("what", ["step", "model", "both"])
 def test_torch_compile(device: torch.device, backend: str, what: str) -> None:
     """A graph break is fine, an error or another result is not; no compiler is needed for eager."""
