@@ -21,7 +21,7 @@ failed=0
 part() { # name, seconds at most, command ...
     local name=$1 limit=$2 start=$SECONDS code
     shift 2
-    timeout -s INT -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1 # by INT pytest says how far it came
+    timeout -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
     code=$?
     [ $code -eq 0 ] || failed=1
     printf '%-10s exit %-3s %4ss  %s\n' "$name" "$code" "$((SECONDS - start))" "$*" | tee -a "$out/summary.txt"
@@ -34,11 +34,13 @@ fi
 for name in $parts; do
     case $name in
     tests)
-        # Left out: what compiles for GPUs that need not be there, installs, or runs this script. Run
-        # from the folder of the tests: `-m` would put the root, and with it `kernels`, on the path.
+        # Left out: what compiles for GPUs that need not be there, installs, or runs this script. From
+        # the folder of the tests: `-m` would put the root, and with it `kernels`, on the path. When
+        # its time is up pytest alone is told, by INT, and says how far it came.
         together=$("$python" -c 'import xdist; print("-n 12 --dist worksteal")' 2>/dev/null)
-        part tests 160 bash -c "cd tests && '$python' -m pytest -q --maxfail=20 --durations=15 $together \
-            --ignore=test_generated_code.py --ignore=test_packaging.py --ignore=test_bench.py ."
+        part tests 160 bash -c "cd tests && timeout --foreground -s INT 145 '$python' -m pytest -q \
+            --maxfail=20 --durations=15 $together --ignore=test_generated_code.py \
+            --ignore=test_packaging.py --ignore=test_bench.py ."
         ;;
     sanitizer)
         for tool in memcheck racecheck; do
