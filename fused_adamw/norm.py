@@ -159,11 +159,10 @@ def add_up(
 
 def device_of(given: Any) -> torch.device:
     """Where a rank without any param takes part in the norm: as the others, on an accelerator."""
-    # there, not only named: a CUDA wheel names its own on a machine without a GPU, or raises (2.6)
-    if given is None or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
+    # asked for only where one is: a CUDA wheel names its own without a GPU, too, or raises (2.6)
+    there = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if there else None
+    if given is None or accelerator is None:
         return torch.device("cpu")
     served = torch.distributed.get_backend_config(given)  # "cpu:gloo,cuda:nccl"
     return accelerator if f"{accelerator.type}:" in served else torch.device("cpu")

@@ -32,14 +32,19 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _bf16_rounds_to_nearest() -> Iterator[None]:
+def _interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_CUDA:
+            _round_bf16_to_nearest(patch)
+            _patch_language_once_a_launch(patch)
+        yield
+
+
+def _round_bf16_to_nearest(patch: pytest.MonkeyPatch) -> None:
     # The interpreter truncates float32 -> bfloat16 where every GPU rounds to nearest even, and
     # takes float64 -> bfloat16 for a conversion to integers (torch goes by float32, as here). What
     # else it cannot represent: it rounds tl.fma twice, and its division and square root are IEEE
     # where the GPU's are approximate.
-    if ON_CUDA:
-        yield
-        return
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -61,19 +66,13 @@ def _bf16_rounds_to_nearest() -> Iterator[None]:
             source = cast(self, source, tl.float32)
         return cast(self, source, target)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", to_nearest)
-        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", by_float32)
-        yield
+    patch.setattr(interpreter, "_convert_float", to_nearest)
+    patch.setattr(interpreter.InterpreterBuilder, "cast_impl", by_float32)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _language_is_patched_once_a_launch() -> Iterator[None]:
+def _patch_language_once_a_launch(patch: pytest.MonkeyPatch) -> None:
     # The interpreter puts its own triton.language in place when a kernel starts, and once more in
     # each function that the kernel calls, a third of a step's time. Triton's own ones need that.
-    if ON_CUDA:
-        yield
-        return
     from triton.runtime.interpreter import InterpretedFunction
 
     patching = InterpretedFunction.__call__
@@ -83,9 +82,7 @@ def _language_is_patched_once_a_launch() -> Iterator[None]:
             return patching(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpretedFunction, "__call__", call)
-        yield
+    patch.setattr(InterpretedFunction, "__call__", call)
 
 
 @pytest.fixture(autouse=True)

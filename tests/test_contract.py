@@ -26,6 +26,7 @@ from twins import (
     beside_torch,
     clones,
     give_grads,
+    go_on_alike,
     make_params,
     params_of,
     snapshot,
@@ -139,9 +140,7 @@ def test_add_param_group_in_mid_training(device: torch.device, backend: str) -> 
     theirs.add_param_group(
         {"params": clones([late]), "lr": 0.3, "betas": (0.5, 0.6), "amsgrad": True}
     )
-    for _ in range(2):
-        step_all(ours, theirs)
-        assert_same(ours, theirs)
+    go_on_alike(ours, theirs)
     assert float(ours.state[late]["step"]) == 2
 
 
@@ -237,8 +236,7 @@ def test_schedulers(device: torch.device, backend: str, name: str, lr: Any) -> N
     both = [SCHEDULERS[name](o) for o in (ours, theirs)]
     betas = set()
     for _ in range(9):
-        step_all(ours, theirs)
-        assert_same(ours, theirs)
+        go_on_alike(ours, theirs, steps=1)
         assert float(ours.param_groups[0]["lr"]) == float(theirs.param_groups[0]["lr"])
         betas.add(ours.param_groups[0]["betas"])
         if both[0].last_epoch < 8:
@@ -265,8 +263,7 @@ def test_tensor_hyper_parameters(
     ours = FusedAdamW(params, **{**OPTIONS, which: value()}, backend=backend)
     theirs = torch.optim.AdamW(clones(params), **{**OPTIONS, which: value()}, foreach=False)
     for _ in range(3):
-        step_all(ours, theirs)
-        assert_same(ours, theirs)
+        go_on_alike(ours, theirs, steps=1)
         for optimizer in (ours, theirs):
             xs = optimizer.param_groups[0][which]
             for x in [xs] if which == "lr" else xs:
@@ -324,9 +321,7 @@ def test_the_same_param_twice_is_updated_twice_by_the_reference() -> None:
         ours = FusedAdamW([p, p], backend="reference")
     with pytest.warns(UserWarning, match="duplicate parameters"):
         theirs = torch.optim.AdamW([twin, twin], foreach=False)
-    for _ in range(2):
-        step_all(ours, theirs)
-        assert_same(ours, theirs)
+    go_on_alike(ours, theirs)
     assert float(ours.state[p]["step"]) == 4
 
 
@@ -343,9 +338,7 @@ def test_empty_groups_and_tensors(device: torch.device, backend: str) -> None:
     ]
     ours = FusedAdamW(groups, backend=backend)
     theirs = torch.optim.AdamW([{"params": clones(g["params"])} for g in groups], foreach=False)
-    for _ in range(2):
-        step_all(ours, theirs)
-        assert_same(ours, theirs)
+    go_on_alike(ours, theirs)
     assert float(ours.state[empty]["step"]) == 2
     nothing = FusedAdamW([{"params": []}], backend=backend)
     nothing.step()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from captures import Recording, refused_until_a_step
 from torch.utils._python_dispatch import TorchDispatchMode
+from twins import give_grads, make_params
 
 from fused_adamw import FusedAdamW, launch
 from fused_adamw.kernels import table as t
@@ -131,14 +132,12 @@ def test_a_step_reads_nothing_from_the_device(
     kernels = launch.load_kernels(device)
     for module, name in ((kernels.schedule, "schedule"), (kernels.adamw, "adamw")):
         monkeypatch.setattr(module, name, lambda *_, **__: None)
-    params = model(device)
-    adamw: Any = FusedAdamW(params, amsgrad=True, backend="triton")
+    adamw: Any = FusedAdamW(make_params(device), amsgrad=True, backend="triton")
     if scaled:
         adamw.grad_scale = torch.tensor(2.0, device=device)
         adamw.found_inf = torch.tensor(0.0, device=device)
     for step in range(4):
-        for i, p in enumerate(params):
-            p.grad = None if i == step else torch.randn_like(p)
+        give_grads(adamw, absent=step)
         adamw.param_groups[0]["lr"] = 0.1 * step
         with Operations() as operations:
             adamw.step()

@@ -24,6 +24,7 @@ from twins import (
     assert_unchanged,
     beside_torch,
     give_grads,
+    go_on_alike,
     params_of,
     snapshot,
     step_all,
@@ -182,9 +183,7 @@ def test_stale(
         step_all(ours, theirs, absent=absent)
     for optimizer in (ours, theirs):
         change(optimizer, params_of(optimizer)[which])
-    for _ in range(2):
-        step_all(ours, theirs, absent=absent)
-        assert_same(ours, theirs)
+    go_on_alike(ours, theirs, absent=absent)
 
 
 def test_stale_dtype_of_param_and_state(device: torch.device, backend: str) -> None:
@@ -193,9 +192,7 @@ def test_stale_dtype_of_param_and_state(device: torch.device, backend: str) -> N
     step_all(ours, theirs)
     for optimizer in (ours, theirs):
         _other_dtype(optimizer, params_of(optimizer)[0])
-    for _ in range(2):
-        step_all(ours, theirs)
-        assert_same(ours, theirs, tolerance=FLOAT32)
+    go_on_alike(ours, theirs, tolerance=FLOAT32)
 
 
 @each("through_data", [False, True], ids=["", "through_data"])
@@ -235,9 +232,7 @@ def test_stale_dtype_at_the_same_address(
         else:
             ours.state[p][key] = memory
         fresh.state[twin][key] = value.clone()
-    for _ in range(2):
-        step_all(ours, fresh)
-        assert_same(ours, fresh, tolerance=0)
+    go_on_alike(ours, fresh, tolerance=0)
 
 
 def squares(
@@ -259,9 +254,7 @@ def test_stale_layout_of_state_at_the_same_address(
     ours, theirs, p, twin = squares(device, backend)
     for optimizer, x in ((ours, p), (theirs, twin)):
         optimizer.state[x][key] = optimizer.state[x][key].t()
-    for _ in range(2):
-        step_all(ours, theirs)
-        assert_same(ours, theirs)
+    go_on_alike(ours, theirs)
 
 
 def test_stale_state_whose_object_has_the_id_of_the_last(
@@ -278,9 +271,7 @@ def test_stale_state_whose_object_has_the_id_of_the_last(
         assert len(others) < 10_000
     ours.state[p]["exp_avg"] = transposed
     theirs.state[twin]["exp_avg"] = theirs.state[twin]["exp_avg"].t()
-    for _ in range(2):
-        step_all(ours, theirs)
-        assert_same(ours, theirs)
+    go_on_alike(ours, theirs)
 
 
 def test_between_steps_gradients_and_states_are_the_users_alone(
@@ -317,9 +308,7 @@ def test_amsgrad_switched_on_in_mid_training(device: torch.device, backend: str)
         optimizer.param_groups[0]["amsgrad"] = True
     for p in params_of(theirs):
         theirs.state[p]["max_exp_avg_sq"] = torch.zeros_like(p.data)
-    for _ in range(2):
-        step_all(ours, theirs)
-        assert_same(ours, theirs)
+    go_on_alike(ours, theirs)
     for optimizer in (ours, theirs):
         optimizer.param_groups[0]["amsgrad"] = False
     step_all(ours, theirs)

@@ -19,11 +19,6 @@ TORCH_VERSION = tuple(int(n) for n in torch.__version__.split(".")[:2])
 CONTRACT = {"rtol": 1e-12, "atol": 1e-14}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}  # some ULPs of float32, over 6 steps
 F64 = torch.float64
-TORCH = {  # torch's implementations; capturable steps on accelerators only
-    "for-loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 OPTIONS = {"lr": 0.05, "weight_decay": 0.1}
 
 
@@ -80,6 +75,19 @@ def assert_same(
                 torch.testing.assert_close(
                     a.cpu(), b.cpu(), check_dtype=False, **(tolerance or CONTRACT)
                 )
+
+
+def go_on_alike(
+    ours: torch.optim.Optimizer,
+    theirs: torch.optim.Optimizer,
+    steps: int = 2,
+    absent: int | None = None,
+    tolerance: Any = None,
+) -> None:
+    """Steps of both with the same gradients, after each of which they are the same."""
+    for _ in range(steps):
+        step_all(ours, theirs, absent=absent)
+        assert_same(ours, theirs, tolerance)
 
 
 class Wrapper(Tensor):
