@@ -429,6 +429,19 @@ def test_8_bit_moments_are_near_float32(
         assert ours.state[p]["step"] == truth.state[q]["step"]
 
 
+def test_first_moments_are_rounded_to_nearest(device: torch.device, backend: Any) -> None:
+    """Stochastic rounding is for the param and the second moment."""
+    states = []
+    for stochastic in (False, True):
+        params = make(device, BF16)
+        optimizer = FusedAdamW(params, stochastic_rounding=stochastic, backend=backend)
+        train(optimizer, range(3))
+        states.append([optimizer.state[p] for p in params])
+    pairs = list(zip(*states, strict=True))
+    assert all(same_bits(a["exp_avg"], b["exp_avg"]) for a, b in pairs)
+    assert not all(same_bits(a["exp_avg_sq"], b["exp_avg_sq"]) for a, b in pairs)
+
+
 @each("pair", [("int8", F32), (BF16, "int8"), (F32, BF16), (None, "int8")], ids=str)
 def test_moments_may_differ(device: torch.device, backend: Any, pair: Any) -> None:
     params = make(device, BF16)
