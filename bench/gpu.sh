@@ -1,30 +1,34 @@
 #!/usr/bin/env bash
 # Everything that a GPU can tell, in one call of under 8 minutes and with nothing from outside: the
 # machine needs torch, triton, numpy, pytest, hypothesis, rich and matplotlib, and a CUDA toolkit for
-# the sanitizer and ncu. Each part survives the failure of another; the summary comes last.
+# the sanitizer and ncu. Each part survives the failure of another; the summary comes last. What is
+# timed runs alone, after the sanitizer, which runs beside the tests.
 #
 #   bash bench/gpu.sh out/gpu                                 # all parts
-#   bash bench/gpu.sh out/gpu "tests sanitizer"               # some
+#   bash bench/gpu.sh out/gpu "sanitizer tests"               # some
 #   bash bench/gpu.sh out/gpu "step train" "tiny tiny-mixed"  # some cases; runs without a GPU, too
 #   bash bench/gpu.sh out/gpu "" "" 1a2b3c4                   # the commit, in a copy without .git
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}")
-parts=${2:-"tests sanitizer step train accuracy ncu"}
+parts=${2:-"sanitizer tests step train accuracy ncu"}
 cases=${3:-}
 commit=${4:-}
 mkdir -p "$out" && logs=$(mktemp -d)
 export PYTHONUNBUFFERED=1
 python=$(command -v python3)
-failed=0
 
 part() { # name, seconds at most, command ...
     local name=$1 limit=$2 start=$SECONDS code
     shift 2
     timeout -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
     code=$?
-    [ $code -eq 0 ] || failed=1
-    printf '%-10s exit %-3s %4ss  %s\n' "$name" "$code" "$((SECONDS - start))" "$*" | tee -a "$out/summary.txt"
+    printf '%-20s exit %-3s %4ss  %s\n' "$name" "$code" "$((SECONDS - start))" "$*" | tee -a "$out/summary.txt"
+}
+
+timed() { # as `part`, when nothing else runs
+    wait
+    part "$@"
 }
 
 : >"$out/summary.txt"
@@ -38,42 +42,46 @@ for name in $parts; do
         # the folder of the tests: `-m` would put the root, and with it `kernels`, on the path. When
         # its time is up pytest alone is told, by INT, and says how far it came.
         together=$("$python" -c 'import xdist; print("-n 12 --dist worksteal")' 2>/dev/null)
-        part tests 160 bash -c "cd tests && timeout --foreground -s INT 145 '$python' -m pytest -q \
+        part tests 170 bash -c "cd tests && timeout --foreground -s INT 155 '$python' -m pytest -q \
             --maxfail=20 --durations=15 $together --ignore=test_generated_code.py \
             --ignore=test_packaging.py --ignore=test_bench.py ."
         ;;
     sanitizer)
         for tool in memcheck racecheck; do
             # torch's caching allocator would hide what runs past the end of a tensor
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 35 \
-                compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/few_steps.py
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 120 \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/few_steps.py &
         done
         ;;
     # shellcheck disable=SC2086  # the cases are words
     step)
-        part step 130 "$python" bench/step.py --out "$out" --max-seconds 6 \
+        timed step 130 "$python" bench/step.py --out "$out" --max-seconds 6 \
             ${commit:+--commit "$commit"} ${cases:+--cases $cases --rounds 2}
         ;;
-    train) part train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
+    train) timed train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
     # among the logs: the device machine gives 8 files back
     accuracy)
-        part accuracy 45 "$python" bench/accuracy.py --out "$logs/accuracy" \
+        timed accuracy 45 "$python" bench/accuracy.py --out "$logs/accuracy" \
             ${commit:+--commit "$commit"} ${cases:+--steps 10}
         ;;
     ncu)
-        part ncu 25 ncu --clock-control none --kernel-name regex:_adamw --launch-count 3 \
-            --section SpeedOfLight --section Occupancy --section LaunchStats --section MemoryWorkloadAnalysis \
-            "$python" bench/few_steps.py --numel 16777216
+        for format in fp32 bf16 bf16+master+int8; do
+            timed "ncu-$format" 30 ncu --clock-control none --kernel-name regex:_adamw --launch-skip 1 \
+                --launch-count 1 --section SpeedOfLight --section Occupancy --section LaunchStats \
+                --section MemoryWorkloadAnalysis --section WarpStateStats \
+                "$python" bench/few_steps.py --format "$format"
+        done
         ;;
     # not among the parts by default: it may take half of the time
-    tune) part tune 240 "$python" bench/tune.py --out "$logs/tune" ${commit:+--commit "$commit"} ;;
-    *) echo "no part is called $name" | tee -a "$out/summary.txt" && failed=1 ;;
+    tune) timed tune 240 "$python" bench/tune.py --out "$logs/tune" ${commit:+--commit "$commit"} ;;
+    *) echo "no part is called $name" | tee -a "$out/summary.txt" ;;
     esac
 done
+wait
 tar -C "$logs" -czf "$out/logs.tar.gz" .
 for log in "$logs"/*.log; do
     printf '\n== %s\n' "$(basename "$log" .log)"
     tail -n 25 "$log"
 done
 printf '\n' && cat "$out/summary.txt"
-exit $failed
+! grep -qv ' exit 0 ' "$out/summary.txt"

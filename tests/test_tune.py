@@ -175,8 +175,8 @@ SMALL = cases.Case("small", (cases.Group((cases.Leaf((1030,)), cases.Leaf((0,)))
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One small case in place of all, and no GPU of step.py's."""
-    monkeypatch.setattr(tune, "TINY_CASES", {"small": SMALL})
-    monkeypatch.setattr(tune, "TIMED", (tune.Timed(SMALL, "fp32"),))
+    for name in ("CHECKED", "TIMED"):
+        monkeypatch.setattr(tune, name, (tune.Timed(SMALL, "fp32"),))
 
 
 @pytest.mark.usefixtures("small")
@@ -219,7 +219,7 @@ def test_other_results_are_found(
 def test_launches_as_told(device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(9, dtype=torch.bfloat16, device=device))
     wanted = LaunchParameters(block=512, num_warps=2)
-    optimizer = tune.Tuned([p], wanted, torch.float32)
+    optimizer = tune.Tuned([p], wanted, state_dtype=torch.float32)
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer._plan is not None
@@ -230,10 +230,12 @@ def test_launches_as_told(device: torch.device) -> None:
 
 def test_sets_are_those_that_the_cases_launch() -> None:
     """The prediction that is shown beside a measured case is of the same kernel."""
-    for timed in tune.TIMED:
-        launched = {(leaf.dtype, timed.moments or leaf.dtype) for leaf in timed.case.leaves}
-        of_set = {(s.param, s.exp_avg) for s in codegen.SETS[timed.set].signatures}
-        assert launched == of_set
+    for timed in (*tune.TIMED, *tune.CHECKED):
+        leaves = set(timed.case.leaves)
+        launched = {cases.signature(leaf, options=timed.options) for leaf in leaves}
+        assert launched == set(codegen.SETS[timed.set].signatures)
+    assert {timed.set for timed in tune.CHECKED} == {timed.set for timed in tune.TIMED}
+    assert {timed.set for timed in tune.TIMED} == set(tune.SETS)
 
 
 @pytest.mark.usefixtures("small")
