@@ -79,7 +79,7 @@ def used_here(tensors: Iterable[Tensor]) -> None:
     """
     for x in tensors:
         stream = stream_of(x.device)
-        if stream is not None:
+        if stream is not None and x.layout == torch.strided:  # torch records no sparse ones
             x.record_stream(stream)
 
 

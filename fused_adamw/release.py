@@ -229,9 +229,8 @@ class GradientRelease:
             for other in bucket.streams:
                 if other != stream:
                     stream.wait_stream(other)
-            for p in bucket.params:
-                if p.grad is not None:  # it may come from the memory of yet another stream
-                    local(p.grad).record_stream(stream)
+            # gradients may come from the memory of yet another stream
+            used_here(local(p.grad) for p in bucket.params if p.grad is not None)
             used_here(self._last_sums.values())  # made by the last step(), and gone in the next
         if bucket.part is None:
             bucket.part = _Part(self._optimizer, [self._places[p] for p in bucket.params])

@@ -82,6 +82,9 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    # Ranks have CPU tensors. Beside a GPU torch 2.11 takes it for theirs, and crashes when it
+    # gathers a state dict.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -516,7 +517,9 @@ def test_default_device(device: torch.device, backend: str, default: str) -> Non
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """torch.compile starts from nothing, whatever other tests have compiled."""
-    torch._dynamo.reset()
+    with warnings.catch_warnings():  # the import of torch's compiler warns of torch's own code
+        warnings.simplefilter("ignore")
+        torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 

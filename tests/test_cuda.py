@@ -15,7 +15,7 @@ pytestmark = [
     # torch's own word on the mode that we test with, and on the capture that we break off
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
-    pytest.mark.filterwarnings("ignore:Profiler clears events"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events"),
 ]
 
 SHAPES = [(1,), (7,), (1023,), (1025,), (64, 33), (3, 5, 7), (5000,), ()]
@@ -443,7 +443,7 @@ def test_released_gradients_free_their_memory_without_a_wait() -> None:
             torch.cuda.set_sync_debug_mode("default")
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] < 3 * layer
-    assert peaks[1] >= 8 * layer
+    assert peaks[1] > 7 * layer  # 8, less what the end of backward() frees
     assert_equal_bits(list(nets[0].parameters()), list(nets[1].parameters()))
 
 
