@@ -39,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 
 from fused_adamw.kernels import adamw, norm, schedule
 from fused_adamw.kernels import table as t
+from fused_adamw.kernels.front import Front
 from fused_adamw.kernels.launch_parameters import LaunchParameters, launch_parameters
 
 TARGETS = {
@@ -237,12 +238,12 @@ def compile_case(name: str, target: str, case: Case | None = None) -> Report:
             sums = cast(Tensor, Address(torch.float64))
             given = schedule.Norm(sums, sums, skip_nonfinite=True) if case.clipped else None
             counted = cast(Tensor, Address(torch.float64)) if case.measured else None
-            schedule.schedule(table, MEMORY, scalar, scalar, given, counted)
+            schedule.schedule(Front(), table, MEMORY, scalar, scalar, given, counted)
         elif case.kernel == "norm":
-            norm.sum_squares(table, MEMORY.words, cast(Tensor, Address(torch.float64)))
+            norm.sum_squares(Front(), table, MEMORY.words, cast(Tensor, Address(torch.float64)))
         else:
             rows = cast(Tensor, Address(torch.float32)) if case.measured else None
-            adamw.adamw(table, MEMORY, store_grad=case.scaled, rows=rows)
+            adamw.adamw(Front(), table, MEMORY, store_grad=case.scaled, rows=rows)
     (launch,) = seen
     block = cast(int, launch.kwargs["TENSORS" if case.kernel == "schedule" else "BLOCK"])
     threads = launch.compiled.metadata.num_warps * TARGETS[target].warp_size

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels import table as t
+from .kernels.front import Front
 from .norm import Clipping
 
 MIN_TRITON = (3, 6)
@@ -63,8 +64,19 @@ def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a CUDA graph."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):
+    with current(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it the device is the current one, as CUDA and Triton have it."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    module = torch.get_device_module(device)
+    if module.current_device() == device.index:  # as it nearly always is
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = module.device(device)
+    return context
 
 
 def stream_of(device: torch.device) -> torch.Stream | None:
@@ -145,12 +157,15 @@ class Launcher:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.kernels = load_kernels(device)
+        self._front = Front()
         self.captured: list[object] = []
         self._sums: dict[int, Tensor] = {}  # by mesh
         self._memory: t.Memory | None = None
         self._uploaded: t.Table | None = None
         self._reserve: tuple[t.Memory, Tensor] | None = None
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
+        self._given: t.Table | None = None  # as the plan has it, and with its groups
+        self._whole: t.Table | None = None
         self._stream: torch.Stream | None = None
         self._prepared: tuple[object, ...] = ()  # what the next launch is compiled for
         self._launched: set[tuple[object, ...]] = set()  # what earlier ones were
@@ -176,7 +191,11 @@ class Launcher:
         """
         if groups.words is not self._groups and not np.array_equal(groups.words, self._groups):
             self._groups = groups.words
-        table = dataclasses.replace(table, groups=self._groups)
+        whole = self._whole
+        if whole is None or table is not self._given or whole.groups is not self._groups:
+            whole = dataclasses.replace(table, groups=self._groups)
+            self._given, self._whole = table, whole
+        table = whole
         capturing = is_capturing(self.device)
         if capturing and (self._reserve is None or not self._reserve[0].fits(table)):
             raise RuntimeError(
@@ -193,7 +212,7 @@ class Launcher:
                 "kernels would be compiled inside the capture. Run one step() with the same "
                 "options outside the capture."
             )
-        with self._current_device():
+        with current(self.device):
             if not capturing:
                 self._reserve_memory(table)
             memory = self._memory if self._reserve is None else self._reserve[0]
@@ -208,14 +227,14 @@ class Launcher:
         `alive`: what the launches read and write besides it, kept with it where they are captured.
         `kept`: what of that lives from step to step, until others take its place.
         """
-        with self._current_device():
+        with current(self.device):
             if is_capturing(self.device):
                 return self._record(table, alive)
             return self._upload(table, kept)
 
     def sum_squares(self, table: t.Table, memory: t.Memory, mesh: int) -> Tensor:
         """Sums of the squares of the gradients with this number of a mesh, to be added."""
-        with self._current_device():
+        with current(self.device):
             if is_capturing(self.device):  # the graph's own memory
                 sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
             else:
@@ -225,7 +244,7 @@ class Launcher:
                 else:
                     sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
                     self._sums[mesh] = sums
-            self.kernels.norm.sum_squares(table, memory.words, sums, mesh)
+            self.kernels.norm.sum_squares(self._front, table, memory.words, sums, mesh)
         return sums
 
     def launch(
@@ -241,7 +260,7 @@ class Launcher:
         norm: sums of squares of all gradients, to be added up, and where to note the metrics.
         measures: telemetry.py's Measures.
         """
-        with self._current_device():
+        with current(self.device):
             grad_scale, found_inf = self._scalar(asked.grad_scale), self._scalar(asked.found_inf)
             if is_capturing(self.device):
                 self.captured.append((grad_scale, found_inf, norm, measures))
@@ -249,17 +268,11 @@ class Launcher:
             given = None
             if norm is not None:
                 given = self.kernels.schedule.Norm(*norm, asked.clipping.skip_nonfinite)
-            self.kernels.schedule.schedule(table, memory, grad_scale, found_inf, given, counted)
-            self.kernels.adamw.adamw(table, memory, store_grad=grad_scale is not None, rows=rows)
+            self.kernels.schedule.schedule(
+                self._front, table, memory, grad_scale, found_inf, given, counted
+            )
+            self.kernels.adamw.adamw(self._front, table, memory, grad_scale is not None, rows)
             self._launched.add(self._prepared)
-
-    def _current_device(self) -> contextlib.AbstractContextManager[Any]:
-        if self.device.type == "cpu":
-            return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[Any] = torch.get_device_module(
-            self.device
-        ).device(self.device)
-        return context
 
     def _scalar(self, x: Tensor | None) -> Tensor | None:
         if x is None or (x.device == self.device and x.dtype == torch.float32):

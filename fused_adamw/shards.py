@@ -132,7 +132,7 @@ def local_grads(params: Sequence[Tensor], name: Callable[[int], str]) -> LocalGr
         TypeError: a DTensor whose gradient is not one, or lies on another mesh.
     """
     kind = _dtensor()
-    if kind is None or not any(isinstance(p, kind) for p in params):
+    if kind is None or not any(issubclass(c, kind) for c in set(map(type, params))):
         return None
     result = LocalGrads([], {})
     for place, p in enumerate(params):

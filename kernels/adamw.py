@@ -39,6 +39,7 @@ from .columns import (
     W1,
     W2,
 )
+from .front import Call, Front
 
 _PARAM = tl.constexpr(t.PARAM)
 _EXP_AVG = tl.constexpr(t.EXP_AVG)
@@ -491,7 +492,9 @@ def launch_options(
     }
 
 
-def adamw(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None = None) -> None:
+def adamw(
+    front: Front, table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None = None
+) -> None:
     """Update every tensor of the table whose gradient is present; `schedule` must have run.
 
     Moves `Signature.bytes_per_element` an element, and one write more of the gradient with
@@ -499,8 +502,13 @@ def adamw(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | Non
     which each program that updates leaves its sums, 16 bytes written for 1,024 elements; or None.
     """
     if table.n_programs:
-        arguments, options = _call(table, memory, store_grad, rows)
-        _adamw[(table.n_programs,)](*arguments, **options)
+        front.launch(
+            _adamw,
+            ("adamw", table.signatures, table.parameters, store_grad, rows is None),
+            table.n_programs,
+            _arguments(table, memory, rows),
+            lambda: _call(table, memory, store_grad, rows),
+        )
 
 
 def compile_for(
@@ -508,14 +516,12 @@ def compile_for(
 ) -> None:
     """Compile what `adamw` will launch, so that it fails before the schedule has counted a step."""
     if isinstance(_adamw, triton.runtime.JITFunction):  # the interpreter compiles nothing
-        arguments, options = _call(table, memory, store_grad, rows)
-        _adamw.warmup(*arguments, grid=(1,), **options)
+        constants, options = _call(table, memory, store_grad, rows)
+        _adamw.warmup(*_arguments(table, memory, rows), grid=(1,), **constants, **options)
 
 
-def _call(
-    table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    arguments = (
+def _arguments(table: t.Table, memory: t.Memory, rows: Tensor | None) -> tuple[object, ...]:
+    return (
         memory.words,
         memory.scalars,
         memory.scalars64,
@@ -524,8 +530,11 @@ def _call(
         table.n_tensors,
         table.blocks_per_chunk.bit_length() - 1,
     )
+
+
+def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None) -> Call:
     tuned = table.parameters
-    constexprs = {
+    constants = {
         "SIGNATURES": constexpr_signatures(table.signatures),
         "STORE_GRAD": store_grad,
         "BLOCK": tuned.block,
@@ -535,5 +544,4 @@ def _call(
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,
     }
-    chosen = launch_options(table, memory.words.device, store_grad, rows is not None)
-    return arguments, {**constexprs, **chosen}
+    return Call(constants, launch_options(table, memory.words.device, store_grad, rows is not None))

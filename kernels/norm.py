@@ -15,6 +15,7 @@ from torch import Tensor
 from . import table as t
 from .adamw import _at, constexpr_signatures
 from .columns import GROUP_WORDS, TENSOR_WORDS
+from .front import Call, Front
 
 _NUMEL = tl.constexpr(t.NUMEL)
 _SIGNATURE = tl.constexpr(t.SIGNATURE)
@@ -84,18 +85,31 @@ def _sum_squares(
     tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
 
 
-def sum_squares(table: t.Table, words: Tensor, sums: Tensor, mesh: int = 0) -> None:
+def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor, mesh: int = 0) -> None:
     """Write each program's sum of squares to `sums`, float64 [table.n_sums]; all to be added."""
-    _sum_squares[(table.n_sums,)](
-        words,
-        sums,
-        table.n_groups,
-        table.n_tensors,
-        table.n_chunks,
-        table.blocks_per_chunk,
-        mesh,
-        SIGNATURES=constexpr_signatures(table.signatures),
-        BLOCK=table.parameters.elements,
-        num_warps=table.parameters.num_warps * min(table.parameters.blocks_per_program, 4),
-        enable_fp_fusion=False,
+    front.launch(
+        _sum_squares,
+        ("norm", table.signatures, table.parameters),
+        table.n_sums,
+        (
+            words,
+            sums,
+            table.n_groups,
+            table.n_tensors,
+            table.n_chunks,
+            table.blocks_per_chunk,
+            mesh,
+        ),
+        lambda: _call(table),
+    )
+
+
+def _call(table: t.Table) -> Call:
+    tuned = table.parameters
+    return Call(
+        {"SIGNATURES": constexpr_signatures(table.signatures), "BLOCK": tuned.elements},
+        {
+            "num_warps": tuned.num_warps * min(tuned.blocks_per_program, 4),
+            "enable_fp_fusion": False,
+        },
     )

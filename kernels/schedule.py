@@ -31,6 +31,7 @@ from .columns import (
     W1,
     W2,
 )
+from .front import Call, Front
 
 _LR = tl.constexpr(t.LR)
 _BETA1 = tl.constexpr(t.BETA1)
@@ -220,6 +221,7 @@ class Norm(NamedTuple):
 
 
 def schedule(
+    front: Front,
     table: t.Table,
     memory: t.Memory,
     grad_scale: Tensor | None,
@@ -232,7 +234,7 @@ def schedule(
     grad_scale, found_inf: float32, 0-dim, on the table's device, or None. counted: float64
     [n_tensors], where to write how many elements are updated unless the step is skipped; or None.
     """
-    _schedule[(triton.cdiv(table.n_tensors, _TENSORS_PER_PROGRAM),)](
+    arguments = (
         memory.words,
         memory.scalars,
         memory.scalars64,
@@ -244,8 +246,16 @@ def schedule(
         table.n_groups,
         table.n_tensors,
         0 if norm is None else norm.sums.numel(),
-        SKIP_NONFINITE=norm is not None and norm.skip_nonfinite,
-        FLOAT64=table.float64,
-        TENSORS=_TENSORS_PER_PROGRAM,
-        enable_fp_fusion=False,
+    )
+    constants = {
+        "SKIP_NONFINITE": norm is not None and norm.skip_nonfinite,
+        "FLOAT64": table.float64,
+        "TENSORS": _TENSORS_PER_PROGRAM,
+    }
+    front.launch(
+        _schedule,
+        ("schedule", *(x is None for x in arguments[3:8]), *constants.values()),
+        triton.cdiv(table.n_tensors, _TENSORS_PER_PROGRAM),
+        arguments,
+        lambda: Call(constants, {"enable_fp_fusion": False}),
     )

@@ -250,8 +250,8 @@ class Memory(NamedTuple):
     def fits(self, table: Table) -> bool:
         """Whether this memory was allocated for a table of the same size."""
         rows64 = table.n_tensors if table.float64 else 0
-        sizes = (len(self.words), len(self.scalars), len(self.scalars64))
-        return sizes == (table.n_words, table.n_tensors, rows64)
+        sizes = (self.words.numel(), self.scalars.numel(), self.scalars64.numel())
+        return sizes == (table.n_words, table.n_tensors * SCALARS, rows64 * SCALARS)
 
 
 def allocate(table: Table, device: torch.device) -> Memory:

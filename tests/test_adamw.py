@@ -33,6 +33,7 @@ from truth import (
 from fused_adamw import FusedAdamW, reference
 from fused_adamw import plan as planning
 from fused_adamw.kernels import table as t
+from fused_adamw.kernels.front import Front
 from fused_adamw.kernels.launch_parameters import LaunchParameters
 from fused_adamw.launch import group_rows, load_kernels
 
@@ -320,7 +321,7 @@ def run_schedule(
     host = torch.empty(table.n_words, dtype=torch.int64)
     t.write_words(table, host)
     memory.words.copy_(host)
-    load_kernels(device).schedule.schedule(table, memory, grad_scale, found_inf)
+    load_kernels(device).schedule.schedule(Front(), table, memory, grad_scale, found_inf)
     del alive
     return [
         Scheduled(groups[group], round(x.item()), row.cpu(), row64.cpu())

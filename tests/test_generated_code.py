@@ -247,6 +247,7 @@ import codegen as c
 import numpy as np
 import torch
 from fused_adamw.kernels import adamw, schedule, table as t
+from fused_adamw.kernels.front import Front
 
 FP32, BF16 = c.signature("fp32/fp32/fp32"), c.signature("bf16/bf16/bf16")
 
@@ -265,8 +266,10 @@ def compiled(tables, memories=(c.MEMORY,), scalars=((None, None),), measures=((N
             for memory in memories:
                 for grad_scale, found_inf in scalars:
                     for rows, counted in measures:
-                        schedule.schedule(table, memory, grad_scale, found_inf, None, counted)
-                        adamw.adamw(table, memory, grad_scale is not None, rows)
+                        front = Front()
+                        schedule.schedule(
+                            front, table, memory, grad_scale, found_inf, None, counted)
+                        adamw.adamw(front, table, memory, grad_scale is not None, rows)
         caches = [k.device_caches[0][0] for k in (schedule._schedule, adamw._adamw)]
         return [len(cache) for cache in caches], seen
 

@@ -1,0 +1,84 @@
+"""kernels/front.py: what was launched once is launched by its handle, with the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fused_adamw import FusedAdamW
+from fused_adamw.kernels.front import Call, Front
+
+
+class Kernel:
+    """Stands for a kernel of Triton, or for what it compiled: notes how it is launched."""
+
+    def __init__(self, compiled: Kernel | None = None) -> None:
+        self.compiled = compiled
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Kernel | None]:
+        def launch(*arguments: Any, **rest: Any) -> Kernel | None:
+            self.seen.append((grid, arguments, rest))
+            return self.compiled
+
+        return launch
+
+
+def call() -> Call:
+    return Call({"A": 1, "B": "x"}, {"num_warps": 4})
+
+
+def test_the_second_launch_goes_by_the_handle() -> None:
+    handle = Kernel()
+    kernel, front = Kernel(handle), Front()
+    front.launch(kernel, "key", 5, (1, None), call)
+    front.launch(kernel, "key", 6, (2, None), call)
+    assert kernel.seen == [((5,), (1, None), {"A": 1, "B": "x", "num_warps": 4})]
+    assert handle.seen == [((6, 1, 1), (2, None, 1, "x"), {})]
+    front.launch(kernel, "other", 7, (3, None), call)
+    assert [seen[0] for seen in kernel.seen] == [(5,), (7,)]
+
+
+def test_another_device_has_another_handle() -> None:
+    kernel = Kernel(Kernel())
+    for front in (Front(), Front()):
+        front.launch(kernel, "key", 5, (), call)
+    assert len(kernel.seen) == 2
+
+
+def test_what_is_not_compiled_has_no_handle() -> None:
+    """Triton's interpreter."""
+    kernel, front = Kernel(), Front()
+    for _ in range(2):
+        front.launch(kernel, "key", 5, (), call)
+    assert len(kernel.seen) == 2
+
+
+@pytest.mark.parametrize("clipped", [False, True], ids=["plain", "clipped"])
+def test_constants_are_in_the_order_of_the_kernel(
+    clipped: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the handle they go by position."""
+    kernels = []
+
+    def launch(
+        self: Front,
+        kernel: Any,
+        key: object,
+        programs: int,
+        arguments: tuple[Any, ...],
+        call: Callable[[], Call],
+    ) -> None:
+        kernels.append(kernel.fn.__name__)
+        names = list(kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount])
+        assert names[len(arguments) :] == list(call().constants)
+        hash(key)
+
+    monkeypatch.setattr(Front, "launch", launch)
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    p.grad = torch.ones_like(p)
+    FusedAdamW([p], backend="triton", max_grad_norm=1.0 if clipped else None).step()
+    assert kernels == ["_sum_squares"] * clipped + ["_schedule", "_adamw"]
