@@ -93,6 +93,7 @@ def signature(
         moments or storage.exp_avg_sq or leaf.dtype,
         amsgrad=False,
         master=storage.master,
+        stochastic=storage.stochastic,
     )
 
 

@@ -136,7 +136,7 @@ class Entrant:
         if device.cuda:
             line.host.append((returned - start) * 1e6)
             grads.refresh()
-            device.flush(1.2 * (returned - start))
+            device.flush(1.5 * (returned - start))
             line.gpu.append(device.time(self.step) * 1e6)
 
 

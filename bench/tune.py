@@ -6,7 +6,7 @@
     python bench/tune.py --write                        # on a GPU: keep what is fastest
 
 Compiling, the kernel's own launcher is asked for each candidate and target (bench/codegen.py), from
-an empty cache. For each set of dtypes a table lists
+an empty cache. For each target and set of dtypes a table lists
 
     regs     registers of a thread
     spills   local loads and stores, and bytes of a thread, where there are any
@@ -75,7 +75,8 @@ class Candidate(NamedTuple):
         """As launched where a warp has so many lanes; warps follow from the block."""
         p = LaunchParameters(**self.changes)
         if lanes != 32:
-            p = p._replace(maxnreg=LaunchParameters().maxnreg)  # has no effect there
+            plain = LaunchParameters()  # caps have no effect there
+            p = p._replace(maxnreg=plain.maxnreg, maxnreg_codecs=plain.maxnreg_codecs)
         if "num_warps" in self.changes:
             return p
         return p._replace(num_warps=max(1, p.block // (PER_THREAD * lanes)))
@@ -106,6 +107,8 @@ CANDIDATES = (
     ),
     Candidate("regs-56", {"maxnreg": 56}, "9 programs a multiprocessor, not 8: more in flight"),
     Candidate("regs-48", {"maxnreg": 48}, "10 programs"),
+    Candidate("codecs-72", {"maxnreg_codecs": 72}, "7 programs where formats are decoded, not 6"),
+    Candidate("codecs-64", {"maxnreg_codecs": 64}, "8: worth some more instructions, and spills?"),
     Candidate(
         "exact", {"exact": True, "maxnreg": 0}, "IEEE division and root: are the instructions free?"
     ),
@@ -129,6 +132,8 @@ _MATRICES = tuple(Leaf((16 * Mi,), torch.bfloat16) for _ in range(9))
 _MIXED = Case("9x16Mi-bf16+16Mi", (Group((*_MATRICES, Leaf((16 * Mi,)))),))
 _FLOAT32_MOMENTS = {"state_dtype": torch.float32}
 _MASTER_INT8 = {"master_weights": True, "state_dtype": "int8"}
+_INT8 = {"state_dtype": "int8"}
+_STOCHASTIC = {"stochastic_rounding": True}
 
 
 class Timed(NamedTuple):
@@ -145,14 +150,18 @@ TIMED = (
     Timed(CASES["10x16Mi-bf16"], "bf16"),
     Timed(_MIXED, "mixed+fp32", _FLOAT32_MOMENTS),
     Timed(CASES["10x16Mi-bf16"], "bf16-remainder-int8", _MASTER_INT8),
+    Timed(CASES["10x16Mi-bf16"], "bf16-int8", _INT8),
+    Timed(CASES["10x16Mi-bf16"], "bf16-stochastic", _STOCHASTIC),
 )
 CHECKED = (  # the same sets, on small tensors
     Timed(TINY_CASES["tiny"], "fp32"),
     Timed(_BF16_TINY, "bf16"),
     Timed(TINY_CASES["tiny-mixed"], "mixed+fp32", _FLOAT32_MOMENTS),
     Timed(_BF16_TINY, "bf16-remainder-int8", _MASTER_INT8),
+    Timed(_BF16_TINY, "bf16-int8", _INT8),
+    Timed(_BF16_TINY, "bf16-stochastic", _STOCHASTIC),
 )
-SETS = ("fp32", "bf16", "mixed+fp32", "bf16-remainder-int8")
+SETS = tuple(timed.set for timed in CHECKED)
 ONE_SIGNATURE = ("/elem.", "issue", "TB/s")  # columns of sets of one
 
 
@@ -255,23 +264,19 @@ def compile_all(
     return [future.result() for future in futures]
 
 
-def show_compiled(rows: Sequence[Compiled], sets: Sequence[str]) -> list[Table]:
-    """A table a target; a row a candidate, the sets side by side."""
+def show_compiled(rows: Sequence[Compiled]) -> list[Table]:
+    """A table a target and set; a row a candidate."""
     tables = []
-    for target in dict.fromkeys(row.target for row in rows):
+    for target, name in dict.fromkeys((row.target, row.set) for row in rows):
         chip = CHIPS.get(target)
-        table = Table(title=f"{target} ({chip.name if chip else 'no published numbers'})")
+        table = Table(title=f"{target} ({chip.name if chip else 'no published numbers'}): {name}")
         table.add_column("candidate", no_wrap=True)
-        for name in sets:
-            for head in ("regs", "spills", "shared", "progs", "/elem.", "issue", "TB/s"):
-                if head in ONE_SIGNATURE and len(codegen.SETS[name].signatures) > 1:
-                    continue
-                title = name if head == "regs" else ""
-                table.add_column(f"{title}\n{head}", justify="right", no_wrap=True)
-        here = [row for row in rows if row.target == target]
-        for candidate in dict.fromkeys(row.candidate for row in here):
-            cells = [x for row in here if row.candidate == candidate for x in _cells(row)]
-            table.add_row(candidate, *cells)
+        alone = len(codegen.SETS[name].signatures) == 1
+        for head in ("regs", "spills", "shared", "progs", *(ONE_SIGNATURE if alone else ())):
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in rows:
+            if (row.target, row.set) == (target, name):
+                table.add_row(row.candidate, *_cells(row))
         tables.append(table)
     return tables
 
@@ -505,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = [name] if name else args.targets or list(codegen.TARGETS)
 
     console = Console(highlight=False)
-    console.width = max(console.width, 24 + 58 * len(args.sets))
+    console.width = max(console.width, 120)
     commit = args.commit or find_commit()
     console.print(show_candidates(candidates, commit))
     # an empty cache: what is listed was compiled here and now
@@ -525,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "candidates": [c._asdict() for c in candidates],
             "compiled": [row.numbers() for row in compiled],
         }
-        for table in show_compiled(compiled, args.sets):
+        for table in show_compiled(compiled):
             console.print(table)
         refused = [row for row in compiled if row.refused]
         for row in refused:

@@ -163,6 +163,7 @@ class Launcher:
         self._memory: t.Memory | None = None
         self._uploaded: t.Table | None = None
         self._reserve: tuple[t.Memory, Tensor] | None = None
+        self._reserved_for: t.Table | None = None
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
         self._given: t.Table | None = None  # as the plan has it, and with its groups
         self._whole: t.Table | None = None
@@ -212,13 +213,14 @@ class Launcher:
                 "kernels would be compiled inside the capture. Run one step() with the same "
                 "options outside the capture."
             )
-        with current(self.device):
-            if not capturing:
+        if not capturing and (table is not self._reserved_for or self._reserve is None):
+            with current(self.device):
                 self._reserve_memory(table)
-            memory = self._memory if self._reserve is None else self._reserve[0]
-            assert memory is not None
-            if not known:
-                self.kernels.adamw.compile_for(table, memory, asked.grad_scale is not None, rows)
+        if not known:
+            assert self._memory is not None
+            with current(self.device):
+                store_grad = asked.grad_scale is not None
+                self.kernels.adamw.compile_for(table, self._memory, store_grad, rows)
         return table
 
     def upload(self, table: t.Table, alive: object, kept: Iterable[Tensor] = ()) -> t.Memory:
@@ -285,6 +287,7 @@ class Launcher:
             self._memory, self._uploaded = t.allocate(table, self.device), None
         if self._reserve is None or not self._reserve[0].fits(table):
             self._reserve = t.allocate(table, self.device), self._host(table.n_words)
+        self._reserved_for = table
 
     def _upload(self, table: t.Table, kept: Iterable[Tensor]) -> t.Memory:
         """Eager: at most one asynchronous copy, of what has moved."""

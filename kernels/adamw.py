@@ -480,16 +480,17 @@ def launch_options(
     a thread on sm_80). Told the same, kernels that store gradients do spill, and so do those with
     masters or 8-bit moments; they take up to 80 and 96, and float64 120.
     """
-    mixed = len({dtype for s in table.signatures for dtype in s[:4]}) > 1
-    wide = table.float64 or store_grad
-    wide |= any(s.quantised or s.columns or s.master is not None for s in table.signatures)
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    cap = nvidia and mixed and not (wide or measure) and table.parameters.maxnreg
-    return {
-        "num_warps": table.parameters.num_warps,
-        "enable_fp_fusion": False,
-        **({"maxnreg": cap} if cap else {}),
-    }
+    tuned, signatures = table.parameters, table.signatures
+    options: dict[str, int | bool] = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
+    wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
+    if device.type != "cuda" or torch.version.hip is not None or wide:
+        return options
+    cap = 0
+    if any(s.quantised or s.master is not None or s.stochastic for s in signatures):
+        cap = tuned.maxnreg_codecs
+    elif len({dtype for s in signatures for dtype in s[:4]}) > 1:
+        cap = tuned.maxnreg
+    return {**options, "maxnreg": cap} if cap else options
 
 
 def adamw(

@@ -255,7 +255,7 @@ def schedule(
     front.launch(
         _schedule,
         ("schedule", *(x is None for x in arguments[3:8]), *constants.values()),
-        triton.cdiv(table.n_tensors, _TENSORS_PER_PROGRAM),
+        -(-table.n_tensors // _TENSORS_PER_PROGRAM),
         arguments,
         lambda: Call(constants, {"enable_fp_fusion": False}),
     )

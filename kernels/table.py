@@ -16,6 +16,7 @@ short while every program keeps one block and one code path. (Where a launch has
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -184,7 +185,7 @@ class Table:
         """Sums of squares that the norm's launch leaves."""
         return min(self.n_chunks, SUMS)
 
-    @property
+    @functools.cached_property
     def float64(self) -> bool:
         """Whether some tensor is computed in float64."""
         return any(s.compute == torch.float64 for s in self.signatures)
