@@ -185,6 +185,15 @@ def test_candidates_leave_the_bits_of_the_default(name: str, device: torch.devic
     assert tune.wrong(tune.BY_NAME[name], device, 32) == ""
 
 
+@each("checked", tune.CHECKED, ids=lambda checked: checked.set)
+@each("name", ["block-512", "exact"])
+def test_candidates_leave_the_bits_of_the_default_in_all_sets(
+    checked: tune.Timed, name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "CHECKED", [checked])
+    assert tune.wrong(tune.BY_NAME[name], device, 32) == ""
+
+
 @pytest.mark.usefixtures("small")
 @each(
     ("changes", "lr", "found"),
@@ -212,7 +221,7 @@ def test_other_results_are_found(
     monkeypatch.setattr(tune, "Tuned", Off)
     problem = tune.wrong(tune.Candidate("off", changes, ""), device, 32)
     assert bool(problem) == found
-    assert not found or problem.startswith("small, tensor 0: ")
+    assert not found or problem.startswith("small as fp32, param 0: ")
 
 
 @pytest.mark.usefixtures("small")
