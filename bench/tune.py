@@ -76,8 +76,10 @@ class Candidate(NamedTuple):
         """As launched where a warp has so many lanes; warps follow from the block."""
         p = LaunchParameters(**self.changes)
         if lanes != 32:
-            plain = LaunchParameters()  # caps have no effect there
-            p = p._replace(maxnreg=plain.maxnreg, maxnreg_codecs=plain.maxnreg_codecs)
+            caps = [field for field in p._fields if field.startswith("maxnreg")]
+            p = p._replace(
+                **{cap: LaunchParameters._field_defaults[cap] for cap in caps}
+            )  # no effect
         if "num_warps" in self.changes:
             return p
         return p._replace(num_warps=max(1, p.block // (PER_THREAD * lanes)))
@@ -108,8 +110,9 @@ CANDIDATES = (
     ),
     Candidate("regs-56", {"maxnreg": 56}, "9 programs a multiprocessor, not 8: more in flight"),
     Candidate("regs-48", {"maxnreg": 48}, "10 programs"),
-    Candidate("codecs-72", {"maxnreg_codecs": 72}, "7 programs where formats are decoded, not 6"),
-    Candidate("codecs-64", {"maxnreg_codecs": 64}, "8: worth some more instructions, and spills?"),
+    Candidate("int8-72", {"maxnreg_int8": 72}, "8-bit moments: 7 programs, not 6"),
+    Candidate("int8-64", {"maxnreg_int8": 64}, "8: worth more instructions, and spills in tails?"),
+    Candidate("random-64", {"maxnreg_random": 64}, "stochastic rounding: 8 programs, not 7"),
     Candidate(
         "exact", {"exact": True, "maxnreg": 0}, "IEEE division and root: are the instructions free?"
     ),

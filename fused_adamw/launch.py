@@ -115,6 +115,7 @@ class GroupRows(NamedTuple):
 
     words: t.Words
     alive: list[Tensor]
+    exact: bool  # whether a denominator may be subnormal, whose reciprocal would be infinite
 
 
 def group_rows(
@@ -144,7 +145,9 @@ def group_rows(
             else:
                 value[t.LR + i] = float(x.detach() if isinstance(x, Tensor) else x)
         row[t.FLAGS] = flags
-    return GroupRows(t.frozen(words.ravel()), alive)
+    eps = values[:, t.EPS]
+    exact = bool(((eps > 0) & (eps < torch.finfo(torch.float32).tiny)).any())
+    return GroupRows(t.frozen(words.ravel()), alive, exact)
 
 
 class Launcher:
@@ -194,7 +197,10 @@ class Launcher:
             self._groups = groups.words
         whole = self._whole
         if whole is None or table is not self._given or whole.groups is not self._groups:
-            whole = dataclasses.replace(table, groups=self._groups)
+            tuned = table.parameters
+            if groups.exact:
+                tuned = tuned._replace(exact=True)
+            whole = dataclasses.replace(table, groups=self._groups, parameters=tuned)
             self._given, self._whole = table, whole
         table = whole
         capturing = is_capturing(self.device)
@@ -204,7 +210,7 @@ class Launcher:
                 "reserved for the tensors of this step. Run one step() outside the capture before "
                 "each capture, with gradients for the same parameters."
             )
-        self._prepared = table.signatures, asked.variant
+        self._prepared = table.signatures, table.parameters, asked.variant
         known = self._prepared in self._launched
         if capturing and not known:
             raise RuntimeError(

@@ -40,6 +40,7 @@ from .columns import (
     W2,
 )
 from .front import Call, Front
+from .launch_parameters import LaunchParameters
 
 _PARAM = tl.constexpr(t.PARAM)
 _EXP_AVG = tl.constexpr(t.EXP_AVG)
@@ -62,6 +63,7 @@ _QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
 _GROUP = tl.constexpr(t.RANDOM_GROUP)
 _GROUP_SHIFT = tl.constexpr(t.RANDOM_GROUP.bit_length() - 1)
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
+_HARDWARE, _EXACT, _RECIPROCAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # divisions
 
 _TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -75,18 +77,25 @@ _TRITON_DTYPES = {
 
 
 @triton.jit
-def _sqrt(x, EXACT: tl.constexpr):
+def _sqrt(x, DIVISION: tl.constexpr):
     """Square root: IEEE if exact and always in float64, else the hardware's, 2^-23 off at most."""
-    if EXACT and x.dtype == tl.float32:
+    if DIVISION == _EXACT and x.dtype == tl.float32:
         return tl.sqrt_rn(x)
     return tl.sqrt(x)
 
 
 @triton.jit
-def _quotient(a, b, EXACT: tl.constexpr):
-    """a / b: IEEE if exact and always in float64, else the hardware's, 2 ULP off at most."""
-    if EXACT and a.dtype == tl.float32:
+def _quotient(a, b, DIVISION: tl.constexpr):
+    """a / b: IEEE if exact and always in float64, else 2 ULP off at most.
+
+    By the reciprocal it is 2 instructions, not 9; that of a subnormal b is infinite.
+    """
+    if DIVISION == _EXACT and a.dtype == tl.float32:
         return tl.div_rn(a, b)
+    if DIVISION == _RECIPROCAL and a.dtype == tl.float32:
+        return a * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1
+        )
     return a / b
 
 
@@ -99,7 +108,7 @@ def _average(old, new, weight, square_error):
 @triton.jit
 def _adamw_update(
     p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2,
-    AMSGRAD: tl.constexpr, EXACT: tl.constexpr, LARGEST: tl.constexpr,
+    AMSGRAD: tl.constexpr, DIVISION: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """One AdamW update of values in the compute dtype; the scalars are schedule.py's.
 
@@ -110,14 +119,14 @@ def _adamw_update(
     # An overflowed second moment counts as the largest number: inf - inf would be NaN. It still is
     # where g * g itself overflows with beta2 <= 1/2; a select against that costs 8 registers.
     v = tl.minimum(v, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    v = _average(v, g * g, w2, tl.fma(g, g, -v))
+    v = _average(v, g * g, w2, tl.fma(g, g, v * -1.0))  # -v would be 0 - v, an instruction
     if AMSGRAD:
         v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
-        d = _sqrt(v_max, EXACT) * rsqrt_bias2 + eps
+        d = _sqrt(v_max, DIVISION) * rsqrt_bias2 + eps
     else:
-        d = _sqrt(v, EXACT) * rsqrt_bias2 + eps
+        d = _sqrt(v, DIVISION) * rsqrt_bias2 + eps
     decayed = tl.where(decay != 0, tl.fma(p, decay, p), p)
-    quotient = _quotient(m, d, EXACT)
+    quotient = _quotient(m, d, DIVISION)
     added = tl.fma(neg_step_size, quotient, tl.where(decay != 0, p * decay, 0))
     p = tl.fma(neg_step_size, quotient, decayed)
     return p, m, v, v_max, added
@@ -255,7 +264,7 @@ def _block(
     STORE_GRAD: tl.constexpr,
     MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
-    EXACT: tl.constexpr,
+    DIVISION: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -319,7 +328,7 @@ def _block(
         tl.load(scalars + DECAY),
         tl.load(scalars + L2),
         AMSGRAD,
-        EXACT,
+        DIVISION,
         1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38,
     )
     if not ALIGNED:  # else whole quantisation blocks are masked, and their codes are not stored
@@ -369,7 +378,7 @@ def _block(
 def _dispatch(
     tensor, grad, scalars, scalars64, index, start, numel,
     SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
-    EXACT: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
+    DIVISION: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
@@ -404,14 +413,14 @@ def _dispatch(
                     tensor, grad, row, start, 0, vectors,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
-                    STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    STORE_GRAD, MEASURE, BLOCK, DIVISION, LOAD_CACHE, STORE_CACHE, EVICTION,
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
                     tensor, grad, row, start, vectors, size,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
-                    STORE_GRAD, MEASURE, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    STORE_GRAD, MEASURE, BLOCK, DIVISION, LOAD_CACHE, STORE_CACHE, EVICTION,
                 )  # fmt: skip
     return measures
 
@@ -429,7 +438,7 @@ def _adamw(
     STORE_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # of a program
-    EXACT: tl.constexpr,
+    DIVISION: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -455,7 +464,7 @@ def _adamw(
         if start < numel:
             measures += _dispatch(
                 tensor, grad, scalars, scalars64, index, start, numel, SIGNATURES, STORE_GRAD,
-                rows is not None, BLOCK, EXACT, LOAD_CACHE, STORE_CACHE, EVICTION,
+                rows is not None, BLOCK, DIVISION, LOAD_CACHE, STORE_CACHE, EVICTION,
             )  # fmt: skip
         start += BLOCK
     if rows is not None:
@@ -470,27 +479,39 @@ def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[obj
     )
 
 
+def _division(parameters: LaunchParameters, device: torch.device) -> tl.constexpr:
+    if parameters.exact:
+        return _EXACT
+    return _RECIPROCAL if _is_nvidia(device) else _HARDWARE
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def launch_options(
     table: t.Table, device: torch.device, store_grad: bool, measure: bool
 ) -> dict[str, int | bool]:
     """Options of the launch.
 
-    64 registers let 8 programs share a multiprocessor: for several dtypes ptxas takes up to 72
-    unless it is told to take 64, which it then does without a spill (Triton 3.6; 3.9 spills 8 bytes
-    a thread on sm_80). Told the same, kernels that store gradients do spill, and so do those with
-    masters or 8-bit moments; they take up to 80 and 96, and float64 120.
+    Fewer registers let more programs share a multiprocessor: 64 let 8, 72 let 7. ptxas likes to
+    take more, and does without (it spills, if anything, in the path of a tensor's last elements)
+    where it is told to; kernels that store gradients or measure do spill then. What that gains is
+    measured by bench/tune.py, and for all but a launch of several dtypes on H200s alone.
     """
     tuned, signatures = table.parameters, table.signatures
-    options: dict[str, int | bool] = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
-    wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
-    if device.type != "cuda" or torch.version.hip is not None or wide:
-        return options
     cap = 0
-    if any(s.quantised or s.master is not None or s.stochastic for s in signatures):
-        cap = tuned.maxnreg_codecs
+    if any(s.quantised for s in signatures):
+        cap = tuned.maxnreg_int8
+    elif any(s.master is not None for s in signatures):
+        pass
     elif len({dtype for s in signatures for dtype in s[:4]}) > 1:
         cap = tuned.maxnreg
-    return {**options, "maxnreg": cap} if cap else options
+    elif any(s.stochastic for s in signatures):
+        cap = tuned.maxnreg_random
+    wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
+    options = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
+    return {**options, "maxnreg": cap} if cap and _is_nvidia(device) and not wide else options
 
 
 def adamw(
@@ -540,7 +561,7 @@ def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | Non
         "STORE_GRAD": store_grad,
         "BLOCK": tuned.block,
         "BLOCKS": tuned.blocks_per_program,
-        "EXACT": tuned.exact,
+        "DIVISION": _division(tuned, memory.words.device).value,
         "LOAD_CACHE": tuned.load_cache,
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,

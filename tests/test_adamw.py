@@ -313,7 +313,7 @@ def run_schedule(
         for group, x in counters
     ]
     grads = np.array(present or [True] * len(rows), dtype=np.int64) * t.EMPTY_GRAD
-    words, alive = group_rows(groups, device)
+    words, alive, _ = group_rows(groups, device)
     table = t.build(rows, grads, words, len(groups))
     memory = t.allocate(table, device)
     memory.scalars.fill_(float("nan"))  # poison
@@ -529,3 +529,43 @@ def test_launch_parameters_change_no_bit(
             torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-7)  # 2 ULP of an update
         else:
             assert same_bits(plain, other)
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "exact", "division"),
+    [
+        ("cuda", None, False, "_RECIPROCAL"),
+        ("cuda", None, True, "_EXACT"),
+        ("cuda", "7.0", False, "_HARDWARE"),
+        ("xpu", None, False, "_HARDWARE"),
+        ("cpu", None, False, "_HARDWARE"),  # the interpreter knows no PTX
+    ],
+)
+def test_division_by_the_reciprocal_is_nvidias(
+    device: str, hip: str | None, exact: bool, division: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = load_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu")).adamw
+    monkeypatch.setattr(torch.version, "hip", hip)
+    parameters = LaunchParameters(exact=exact)
+    assert kernels._division(parameters, torch.device(device)) is getattr(kernels, division)
+
+
+@pytest.mark.parametrize(("eps", "exact"), [(1e-37, False), (1e-40, True)])
+def test_a_subnormal_eps_is_divided_by_exactly(
+    device: torch.device, eps: float, exact: bool
+) -> None:
+    """Its reciprocal would be infinite, and 0 times that NaN; a later eps is followed."""
+    p = Parameter(torch.tensor([1.0, -2.0, 3.0], device=device))
+    optimizer = FusedAdamW([p], backend="triton", weight_decay=0.0)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    (launcher,) = optimizer._launchers.values()
+    assert not launcher._whole.parameters.exact
+    optimizer.param_groups[0]["eps"] = eps
+    optimizer.state[p]["exp_avg"].zero_()
+    optimizer.state[p]["exp_avg_sq"].zero_()
+    before = p.detach().clone()
+    p.grad.zero_()
+    optimizer.step()
+    assert launcher._whole.parameters.exact == exact
+    assert torch.equal(p, before)
