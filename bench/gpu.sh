@@ -55,7 +55,7 @@ for name in $parts; do
         ;;
     # shellcheck disable=SC2086  # the cases are words
     step)
-        timed step 130 "$python" bench/step.py --out "$out" --max-seconds 6 \
+        timed step 130 "$python" bench/step.py --out "$out" --max-seconds 4 \
             ${commit:+--commit "$commit"} ${cases:+--cases $cases --rounds 2}
         ;;
     train) timed train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
