@@ -2,7 +2,7 @@
 # Everything that a GPU can tell, in one call of under 8 minutes and with nothing from outside: the
 # machine needs torch, triton, numpy, pytest, hypothesis, rich and matplotlib, and a CUDA toolkit for
 # the sanitizer and ncu. Each part survives the failure of another; the summary comes last. What is
-# timed runs alone, after the sanitizer, which runs beside the tests.
+# timed runs alone, after the sanitizer and FSDP2 on one rank, which run beside the tests.
 #
 #   bash bench/gpu.sh out/gpu                                 # all parts
 #   bash bench/gpu.sh out/gpu "sanitizer tests"               # some
@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}")
-parts=${2:-"sanitizer tests step train accuracy ncu"}
+parts=${2:-"sanitizer fsdp tests step accuracy train ncu"}
 cases=${3:-}
 commit=${4:-}
 mkdir -p "$out" && logs=$(mktemp -d)
@@ -52,6 +52,10 @@ for name in $parts; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 120 \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/few_steps.py &
         done
+        ;;
+    fsdp)
+        part fsdp 120 "$python" -m torch.distributed.run --nproc_per_node 1 bench/train_fsdp.py \
+            --size small --out "$logs/fsdp" &
         ;;
     # shellcheck disable=SC2086  # the cases are words
     step)
