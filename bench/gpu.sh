@@ -2,7 +2,7 @@
 # Everything that a GPU can tell, in one call of under 8 minutes and with nothing from outside: the
 # machine needs torch, triton, numpy, pytest, hypothesis, rich and matplotlib, and a CUDA toolkit for
 # the sanitizer and ncu. Each part survives the failure of another; the summary comes last. What is
-# timed runs alone, after the sanitizer and FSDP2 on one rank, which run beside the tests.
+# timed runs alone, after the sanitizer, FSDP2 on one rank and accuracy, which run beside the tests.
 #
 #   bash bench/gpu.sh out/gpu                                 # all parts
 #   bash bench/gpu.sh out/gpu "sanitizer tests"               # some
@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}")
-parts=${2:-"sanitizer fsdp tests step accuracy train ncu"}
+parts=${2:-"sanitizer fsdp accuracy tests step train ncu"}
 cases=${3:-}
 commit=${4:-}
 mkdir -p "$out" && logs=$(mktemp -d)
@@ -57,17 +57,17 @@ for name in $parts; do
         part fsdp 120 "$python" -m torch.distributed.run --nproc_per_node 1 bench/train_fsdp.py \
             --size small --out "$logs/fsdp" &
         ;;
+    # among the logs: the device machine gives 8 files back
+    accuracy)
+        part accuracy 150 "$python" bench/accuracy.py --out "$logs/accuracy" \
+            ${commit:+--commit "$commit"} ${cases:+--steps 10} &
+        ;;
     # shellcheck disable=SC2086  # the cases are words
     step)
         timed step 130 "$python" bench/step.py --out "$out" --max-seconds 4 \
             ${commit:+--commit "$commit"} ${cases:+--cases $cases --rounds 2}
         ;;
     train) timed train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
-    # among the logs: the device machine gives 8 files back
-    accuracy)
-        timed accuracy 45 "$python" bench/accuracy.py --out "$logs/accuracy" \
-            ${commit:+--commit "$commit"} ${cases:+--steps 10}
-        ;;
     ncu)
         for format in fp32 bf16 bf16+master+int8; do
             timed "ncu-$format" 30 ncu --clock-control none --kernel-name regex:_adamw --launch-skip 1 \
