@@ -127,7 +127,13 @@ def measure_bytes(name: str, size: Size, device: torch.device) -> float:
     return held / sum(p.numel() for p in model.parameters())
 
 
-def train(name: str, seed: int, settings: Settings, threads: int | None = None) -> Run:
+def train(
+    name: str,
+    seed: int,
+    settings: Settings,
+    threads: int | None = None,
+    commit: str | None = None,
+) -> Run:
     """Train from the seed with weights and moments in the format of that name."""
     if threads is not None:
         torch.set_num_threads(threads)
@@ -152,7 +158,7 @@ def train(name: str, seed: int, settings: Settings, threads: int | None = None) 
         validation=float(training.validate(text.validation())),
         curve=[float(x.mean()) for x in windows],
         bytes_a_parameter=held,
-        machine={**machine(device), "commit": find_commit()},
+        machine={**machine(device), "commit": commit or find_commit()},
     )
 
 
@@ -340,9 +346,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--beta2", type=float, default=BETAS[1], help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=5, help="how many; default: %(default)s")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, on a CPU")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="%(default)s")
     parser.add_argument("--readme", type=Path, help="a file to write the table into")
+    parser.add_argument("--commit", help="for a copy of the checkout, where git cannot tell")
     args = parser.parse_args(argv)
     steps = SIZES[args.size].steps if args.steps is None else args.steps
     settings = Settings(args.size, steps, args.lr, args.beta2)
@@ -357,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = {(run.format, run.seed) for run in runs}
     wanted = [(f, s) for s in range(args.seeds) for f in args.formats if (f, s) not in done]
     threads = max(1, torch.get_num_threads() // args.jobs)
-    calls = [partial(train, f, s, settings, threads) for f, s in wanted]
+    calls = [partial(train, f, s, settings, threads, args.commit) for f, s in wanted]
     finished = in_processes(args.jobs, calls)
     for run in track(finished, "trainings", len(calls), console=console, disable=not calls):
         runs.append(run)
