@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks import rewrite, table
+from machine import ceiling
 from providers import CLIP, FORMATS, FUSED, OURS
 from summary import number
 
@@ -44,6 +45,7 @@ COLUMNS = (
     "torch fused µs",
     "ours µs",
     "x",
+    "x from idle",
     "TB/s",
     "% of ceiling",
     "launches, ours / torch's",
@@ -65,7 +67,7 @@ def load(path: Path, cpu: bool = False) -> dict[str, Any]:
         timed = [line for line in numbers["lines"] if line["wall"] and not line["problem"]]
         commit, device = machine["commit"], machine["device"]
         numbers["on_gpu"] = "CUDA" in machine and all(line["gpu"] for line in timed)
-        numbers["command"], numbers["ceilings"][CEILING]
+        numbers["command"], numbers["ceilings_by_round"][CEILING]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a step.json as bench/step.py writes it now "
@@ -91,7 +93,8 @@ def load(path: Path, cpu: bool = False) -> dict[str, Any]:
 
 def render(numbers: dict[str, Any]) -> str:
     """Caption, table, and what to know when reading it."""
-    facts, ceiling = numbers["machine"], numbers["ceilings"][CEILING]
+    facts = numbers["machine"]
+    tbs = ceiling(numbers["ceilings_by_round"][CEILING])
     what = "gpu" if numbers["on_gpu"] else "wall"
     lines = {(line["case"], line["provider"]): line for line in numbers["lines"]}
     pairs = [
@@ -100,10 +103,10 @@ def render(numbers: dict[str, Any]) -> str:
         for clip in ("", CLIP)
         if {(case, OURS + clip), (case, FUSED + clip)} <= lines.keys()
     ]
-    rows = [_row(label, ours, theirs, what, ceiling) for label, ours, theirs in pairs]
+    rows = [_row(label, ours, theirs, what, tbs) for label, ours, theirs in pairs]
     rows += _means(numbers["geometric_means"], what)
     parts = [_caption(facts, numbers["command"]), table(COLUMNS, rows)]
-    formats = list(_format_rows(lines, what, ceiling))
+    formats = list(_format_rows(lines, what, tbs))
     if formats:
         parts.append(table(FORMAT_COLUMNS, formats))
     if not numbers["on_gpu"]:
@@ -121,7 +124,7 @@ def _caption(facts: dict[str, str], command: str) -> str:
 
 
 def _row(
-    label: str, ours: dict[str, Any], theirs: dict[str, Any], what: str, ceiling: float
+    label: str, ours: dict[str, Any], theirs: dict[str, Any], what: str, most: float
 ) -> list[str]:
     def median(line: dict[str, Any], key: str) -> str:
         times = line[key]
@@ -135,15 +138,16 @@ def _row(
         median(theirs, what),
         median(ours, what),
         number(ours["times_rival"][what]),
+        number(ours["times_rival"]["wall"]),
         number(tbs),
-        number(None if tbs is None else 100 * tbs / ceiling),
+        number(None if tbs is None else 100 * tbs / most),
         f"{number(ours['launches'], 0)} / {number(theirs['launches'], 0)}",
         f"{median(ours, 'host')} / {median(theirs, 'host')}",
     ]
 
 
 def _format_rows(
-    lines: dict[tuple[str, str], dict[str, Any]], what: str, ceiling: float
+    lines: dict[tuple[str, str], dict[str, Any]], what: str, most: float
 ) -> Iterator[list[str]]:
     """Our storage formats, beside torch's fused AdamW on the same model in float32, too."""
     for (case, provider), line in lines.items():
@@ -160,7 +164,7 @@ def _format_rows(
             number((line["state_bytes"] or 0) / line["numel"]),
             number(middle),
             number(line["tbs"]),
-            number(100 * line["tbs"] / ceiling),
+            number(100 * line["tbs"] / most),
             number(line["times_rival"][what]),
             number(ratio),
         ]
@@ -171,19 +175,22 @@ def _means(means: dict[str, dict[str, float]], what: str) -> Iterator[list[str]]
         mean = means.get(provider, {})
         if what in mean:
             label = f"geometric mean of {mean['cases']}{kind}"
-            yield [label, *[""] * 4, f"**{number(mean[what])}**", *[""] * 4]
+            bold = [f"**{number(mean[key])}**" for key in (what, "wall")]
+            yield [label, *[""] * 4, *bold, *[""] * 4]
 
 
 def _notes(numbers: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     rounds = [len(line["wall"]) for line in lines if line["wall"]]
     least, most = min(rounds, default=0), max(rounds, default=0)
     yield f"Medians of {least}{f' to {most}' if most > least else ''} rounds;"
-    yield "x: times as fast, the median of the ratios within rounds."
+    yield "x: times as fast, the median of the ratios within rounds;"
+    yield "from idle: until an idle GPU is idle again, so that the host's time shows."
     if any(CLIP in line["provider"] for line in lines):
         yield "Clipped: the norm within our step, `clip_grad_norm_` before torch's."
+    rounds_of = numbers["ceilings_by_round"][CEILING]
     yield (
-        f"The ceiling is {number(numbers['ceilings'][CEILING])} TB/s, a stream of 4 reads and 3 "
-        "writes an element measured in the same run."
+        f"The ceiling is {number(ceiling(rounds_of))} TB/s, a stream of 4 reads and 3 writes an "
+        f"element measured in the same run ({number(min(rounds_of))} in its slowest round)."
     )
     if numbers["noise"]:
         middle, most_noise = statistics.median(numbers["noise"]), max(numbers["noise"])

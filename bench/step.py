@@ -15,7 +15,8 @@ noise. Before each timed step fresh random gradients are written and the cache i
     host    from an idle GPU until step() returns
     state B, peak B   bytes a parameter that the optimizer keeps, and keeps and uses in a step
     TB/s    bytes that the step must move (`count_bytes`) over GPU time, on a CPU over wall time;
-            % of a stream of 4 reads and 3 writes an element, measured in the same run
+            % of a stream of 4 reads and 3 writes an element, measured in the same run, 3 times
+            before each case and after all (the median of the faster half)
     launches, copies   of a step that finds one gradient moved, by torch's profiler
     syncs   how often torch sees the host wait for the GPU in a step (`set_sync_debug_mode`)
     x       times as fast as torch's fused AdamW
@@ -42,7 +43,7 @@ from pathlib import Path
 
 import torch
 from cases import CASES, TINY_CASES, Case
-from machine import Device, describe, measure_ceilings
+from machine import Device, ceiling, describe, measure_ceilings
 from plots import draw
 from providers import EXTERNALS, LARGEST_ON_CPU, OURS, PROVIDERS, entering, find_providers
 from rich.console import Console
@@ -109,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = *Progress.get_default_columns()[:3], TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("ceilings", total=len(cases))
-        measure_ceilings(device, ceilings, 10)
         for index, case in enumerate(cases):
             progress.update(task, description=case.name, completed=index)
+            measure_ceilings(device, ceilings, 3)
             by_case[case.name] = run_case(
                 case,
                 entering(providers, case.name, args.providers),
@@ -128,20 +129,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if device.cuda:
                     torch.cuda.empty_cache()
         with contextlib.suppress(RuntimeError):
-            measure_ceilings(device, ceilings, 10)
+            measure_ceilings(device, ceilings, 3)
     write(path, command, facts, ceilings, lines, missing)
 
-    medians = {name: statistics.median(values) for name, values in ceilings.items()}
+    sustained = {name: ceiling(values) for name, values in ceilings.items()}
     measured = (
-        f"{name} {medians[name]:.3g} ({min(values):.3g} to {max(values):.3g})"
+        f"{name} {sustained[name]:.3g} ({min(values):.3g} to {max(values):.3g})"
         for name, values in ceilings.items()
     )
-    console.print("ceilings in TB/s, before and after:", ", ".join(measured), soft_wrap=True)
+    console.print(
+        "ceilings in TB/s, before each case and after all:", ", ".join(measured), soft_wrap=True
+    )
     if not device.cuda:
         console.print("(no ceiling on a CPU: a stream of torch operations, slower than one loop)")
     for case in cases:
         console.print()
-        console.print(tabulate(case, by_case[case.name], medians["4R3W fp32"]))
+        console.print(tabulate(case, by_case[case.name], sustained["4R3W fp32"]))
         for line in by_case[case.name]:
             if line.problem:
                 console.print(f"{line.provider:<{COLUMNS['provider']}}  [yellow]{line.problem}[/]")
@@ -159,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"noise: the same optimizer timed twice differs by {statistics.median(doubled):.1%} "
             f"(median), {max(doubled):.1%} (largest)"
         )
-    shown = {name: medians[name] for name in ("4R3W fp32", "copy fp32")}
+    shown = {name: sustained[name] for name in ("4R3W fp32", "copy fp32")}
     draw(lines, shown, title, args.out)
     console.print(f"{path}, throughput.png, host.png, memory.png")
     return 1 if any(line.failed for line in lines if line.provider.startswith(OURS)) else 0

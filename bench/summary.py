@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from cases import Case, count_bytes
+from machine import ceiling
 from providers import CLIP, OURS, rival
 from rich.table import Table
 from timing import AGAIN, Line
@@ -156,7 +157,7 @@ def write(
     numbers = {
         "command": command,
         "machine": facts,
-        "ceilings": {name: statistics.median(values) for name, values in ceilings.items()},
+        "ceilings": {name: ceiling(values) for name, values in ceilings.items()},
         "ceilings_by_round": ceilings,
         "missing": missing,
         "geometric_means": means(lines),

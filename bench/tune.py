@@ -47,7 +47,7 @@ import torch
 import triton
 from cases import CASES, TINY_CASES, Case, Group, Leaf, Mi, gradients, make
 from chips import CHIPS, REACHED, Chip, issue_share, predicted_tbs, programs_of_unit
-from machine import Device, describe, find_commit, measure_ceilings
+from machine import Device, ceiling, describe, find_commit, measure_ceilings
 from providers import Provider
 from rich.console import Console
 from rich.progress import Progress
@@ -597,7 +597,7 @@ def tune(
                 measure(timed, right, device, lanes, args.rounds, args.max_seconds, advance)
             )
             torch.cuda.empty_cache()
-    tbs = statistics.median(ceilings["4R3W fp32"])
+    tbs = ceiling(ceilings["4R3W fp32"])
     for timed, lines in zip(TIMED, by_case, strict=True):
         console.print(show_measured(timed, lines, compiled, tbs))
     best, gains, doubled = choose(by_case, right)
