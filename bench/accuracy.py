@@ -343,7 +343,7 @@ def draw(cells: Sequence[Cell], names: Sequence[str], title: str, path: Path) ->
             axes.set(xscale="log", yscale="log", title=f"{f.name}: {of}")
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel("error in ULPs: median, and dotted the largest")
+        row[0].set_ylabel("ULPs: median, dotted max")
     for axes in panels[-1]:
         axes.set_xlabel("steps")
     handles, labels = panels[0][0].get_legend_handles_labels()

@@ -35,27 +35,26 @@ def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: 
     providers = list(dict.fromkeys(line.provider for line in shown))
     if not shown:
         return
-    thick = 0.8 / len(providers)
-    height = 1.2 + len(cases) * (0.16 + 0.13 * len(providers))
+    # bars one under the other, a gap between cases
+    ys = {id(x): i + cases.index(x.case) for i, x in enumerate(shown)}
+    ticks = [statistics.mean(ys[id(x)] for x in shown if x.case == case) for case in cases]
+    bottom = max(ys.values()) + 1
     on_gpu = any(line.gpu for line in shown)
 
     for path, xlabel in (
         ("throughput.png", "TB/s: bytes that the step must move over its time"),
         ("memory.png", "bytes a parameter: kept by the optimizer, and pale what a step adds"),
     ):
-        figure, axes = _figure(title, height)
+        figure, axes = _figure(title, 1.2 + 0.13 * bottom)
         for line in shown:
-            y = cases.index(line.case) + thick * (
-                providers.index(line.provider) - (len(providers) - 1) / 2
-            )
-            color = COLORS[line.provider]
+            y, color = ys[id(line)], COLORS[line.provider]
             if path == "throughput.png":
-                axes.barh(y, line.tbs, thick * 0.9, color=color)
+                axes.barh(y, line.tbs, 0.9, color=color)
                 continue
             state = (line.state_bytes or 0) / line.numel
-            axes.barh(y, state, thick * 0.9, color=color)
+            axes.barh(y, state, 0.9, color=color)
             extra = max(0.0, (line.peak_bytes or 0) / line.numel - state)
-            axes.barh(y, extra, thick * 0.9, left=state, color=color, alpha=0.35)
+            axes.barh(y, extra, 0.9, left=state, color=color, alpha=0.35)
         for provider in providers:
             axes.barh(0, 0, color=COLORS[provider], label=provider)
         if path == "throughput.png":
@@ -63,8 +62,8 @@ def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: 
                 label = f"{name}: {value:.3g} TB/s"
                 axes.axvline(value, color="black", linestyle=style, linewidth=1, label=label)
         axes.margins(x=0.03)
-        axes.set_yticks(range(len(cases)), cases)
-        axes.set(xlabel=xlabel, ylim=(len(cases) - 0.5, -0.5))
+        axes.set_yticks(ticks, cases)
+        axes.set(xlabel=xlabel, ylim=(bottom, -1))
         _finish(figure, axes, folder / path)
 
     figure, axes = _figure(title, 4.8)
