@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fused_adamw import FusedAdamW
+from fused_adamw import plan as planning
 from fused_adamw.kernels.front import Call, Front
+from fused_adamw.kernels.launch_parameters import LaunchParameters
 
 
 class Kernel:
@@ -55,6 +57,52 @@ def test_what_is_not_compiled_has_no_handle() -> None:
     for _ in range(2):
         front.launch(kernel, "key", 5, (), call)
     assert len(kernel.seen) == 2
+
+
+def test_a_key_stands_for_all_that_is_compiled(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches that differ in constants, options or absent arguments have different keys."""
+    compiled: dict[object, set[str]] = {}
+
+    def launch(
+        self: Front,
+        kernel: Any,
+        key: object,
+        programs: int,
+        arguments: tuple[Any, ...],
+        call: Callable[[], Call],
+    ) -> None:
+        what = call(), [None if x is None else getattr(x, "dtype", int) for x in arguments]
+        compiled.setdefault(key, set()).add(f"{kernel.fn.__name__} {what}")
+
+    monkeypatch.setattr(Front, "launch", launch)
+    kinds: list[tuple[list[torch.dtype], dict[str, Any]]] = [
+        ([torch.float32], {}),
+        ([torch.bfloat16], {"amsgrad": True}),
+        ([torch.bfloat16, torch.float32], {}),
+        ([torch.float64], {}),
+        ([torch.bfloat16], {"stochastic_rounding": True}),
+        ([torch.bfloat16], {"master_weights": True, "state_dtype": "int8"}),
+        ([torch.float32], {"eps": 1e-40}),
+    ]
+    for parameters in LaunchParameters(), LaunchParameters(block=512, num_warps=2):
+        monkeypatch.setattr(planning, "launch_parameters", lambda _, own=parameters: own)
+        for dtypes, options in kinds:
+            params = [torch.nn.Parameter(torch.ones(2, 64, device=device).to(d)) for d in dtypes]
+            for p in params:
+                p.grad = torch.ones_like(p)
+            adamw: Any = FusedAdamW(params, backend="triton", **options)
+            one = torch.ones((), device=device)
+            for scale, inf in ((None, None), (one, None), (one, one), (None, one)):
+                for norm, skip in ((None, False), (1.0, False), (None, True)):
+                    for measured in (False, True):
+                        adamw.grad_scale, adamw.found_inf = scale, inf
+                        adamw.max_grad_norm, adamw.skip_nonfinite = norm, skip
+                        adamw.group_metrics = measured
+                        adamw.step()
+    assert len(compiled) > 100
+    assert {key: what for key, what in compiled.items() if len(what) > 1} == {}
 
 
 @pytest.mark.parametrize("clipped", [False, True], ids=["plain", "clipped"])
