@@ -142,6 +142,7 @@ class Report:
     shared: int  # bytes a program, that the launch asks for
     instructions: int
     instructions_per_element: float | None  # up to the vector path's last store; one signature
+    reciprocals: int  # in place of divisions, in NVIDIA's PTX
     loads: dict[int, int]  # bits -> how many of tensor elements, that is with a lane's own address
     stores: dict[int, int]
 
@@ -271,6 +272,7 @@ def compile_case(name: str, target: str, case: Case | None = None) -> Report:
         shared=launch.compiled.metadata.shared,
         instructions=code.instructions,
         instructions_per_element=cost,
+        reciprocals=launch.compiled.asm.get("ptx", "").count("rcp.approx.ftz.f32"),
         loads=code.loads,
         stores=code.stores,
     )

@@ -45,7 +45,7 @@ for name in $parts; do
         # `kernels`, on the path. When its time is up pytest alone is told, by INT, and says how far
         # it came.
         together=$("$python" -c 'import xdist; print("-n 12 --dist worksteal")' 2>/dev/null)
-        part tests 170 bash -c "cd tests && timeout --foreground -s INT 155 '$python' -m pytest -q \
+        part tests 155 bash -c "cd tests && timeout --foreground -s INT 145 '$python' -m pytest -q \
             --maxfail=20 --durations=15 $together --ignore=test_generated_code.py \
             --ignore=test_packaging.py --ignore=test_bench.py --ignore=test_checkpoint.py \
             --ignore=test_distributed.py --ignore-glob='*_across_ranks.py' ."

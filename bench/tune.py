@@ -21,7 +21,9 @@ tensors and has to leave the default's bits behind (the exact ones: nearly). The
 tensors of their own, as bench/step.py times optimizers: in rounds, in random order, the cache
 flushed, the default twice to show the noise. Predicted is then from the bandwidth that a stream of
 4 reads and 3 writes has in the same run. The fastest candidate that keeps the bits, if it gains
-more than noise, is what --write puts into kernels/launch_parameters.json for this architecture.
+more than noise, is what --write puts into kernels/launch_parameters.json for this architecture. The
+default is what is there already, and a candidate is one change of it: who has written one runs it
+again for the next.
 """
 
 from __future__ import annotations
@@ -66,20 +68,19 @@ PER_THREAD = 8  # elements: 128 bits of bf16. 16 cost 155 registers; 4 make 64-b
 
 
 class Candidate(NamedTuple):
-    """Launch parameters to try, as they differ from the default, and why."""
+    """Launch parameters to try, as they differ from the architecture's own, and why."""
 
     name: str
     changes: dict[str, Any]
     reason: str
 
-    def parameters(self, lanes: int) -> LaunchParameters:
-        """As launched where a warp has so many lanes; warps follow from the block."""
-        p = LaunchParameters(**self.changes)
-        if lanes != 32:
-            caps = [field for field in p._fields if field.startswith("maxnreg")]
-            p = p._replace(
-                **{cap: LaunchParameters._field_defaults[cap] for cap in caps}
-            )  # no effect
+    def parameters(self, target: str) -> LaunchParameters:
+        """As launched on the target: its own, and the changes; warps follow from the block."""
+        lanes = codegen.TARGETS[target].warp_size
+        own = stored.launch_parameters(target)
+        p = own._replace(**self.changes)
+        if lanes != 32:  # caps have no effect there
+            p = p._replace(**{key: getattr(own, key) for key in p._fields if "maxnreg" in key})
         if "num_warps" in self.changes:
             return p
         return p._replace(num_warps=max(1, p.block // (PER_THREAD * lanes)))
@@ -254,7 +255,7 @@ def compile_all(
     jobs: dict[tuple[str, str, LaunchParameters], Compiled] = {}
     for target in targets:
         for candidate in candidates:
-            parameters = candidate.parameters(codegen.TARGETS[target].warp_size)
+            parameters = candidate.parameters(target)
             for name in sets:
                 row = Compiled(candidate.name, target, name, parameters.num_warps, None)
                 jobs.setdefault((target, name, parameters), row)
@@ -344,7 +345,7 @@ def results(
     }
 
 
-def wrong(candidate: Candidate, device: torch.device, lanes: int) -> str:
+def wrong(candidate: Candidate, device: torch.device, target: str) -> str:
     """Why a candidate is not to be used: "", or where its values are not the default's.
 
     The default's bits, for an exact candidate up to what its division differs by: 2 ULP of an
@@ -352,7 +353,9 @@ def wrong(candidate: Candidate, device: torch.device, lanes: int) -> str:
     """
     exact = candidate.changes.get("exact")
     for checked in CHECKED:
-        plain, other = (results(checked, c.parameters(lanes), device) for c in (DEFAULT, candidate))
+        plain, other = (
+            results(checked, c.parameters(target), device) for c in (DEFAULT, candidate)
+        )
         for (i, what), a in plain.items():
             b = other[i, what]
             # bits: remainders are kept as bfloat16, of which some are NaN
@@ -373,7 +376,7 @@ def measure(
     timed: Timed,
     candidates: Sequence[Candidate],
     device: Device,
-    lanes: int,
+    target: str,
     rounds: int,
     seconds: float,
     advance: Callable[[float], None],
@@ -381,7 +384,7 @@ def measure(
     """Times of all candidates on a case; the first one, the default, twice."""
     providers = {
         c.name: Provider(
-            functools.partial(Tuned, parameters=c.parameters(lanes), **timed.options),
+            functools.partial(Tuned, parameters=c.parameters(target), **timed.options),
             options=timed.options,
         )
         for c in candidates
@@ -580,8 +583,7 @@ def tune(
 ) -> bool:
     """Check and time the candidates, and print, or write, the choice; True if one is wrong."""
     device = Device()
-    lanes = codegen.TARGETS[name].warp_size
-    problems = {c.name: wrong(c, device.device, lanes) for c in candidates}
+    problems = {c.name: wrong(c, device.device, name) for c in candidates}
     for who, problem in problems.items():
         if problem:
             console.print(f"[red]wrong[/]: {who}: {problem}")
@@ -594,7 +596,7 @@ def tune(
             task = progress.add_task(timed.case.name, total=1)
             advance = functools.partial(progress.advance, task)
             by_case.append(
-                measure(timed, right, device, lanes, args.rounds, args.max_seconds, advance)
+                measure(timed, right, device, name, args.rounds, args.max_seconds, advance)
             )
             torch.cuda.empty_cache()
     tbs = ceiling(ceilings["4R3W fp32"])
@@ -613,7 +615,7 @@ def tune(
     ranked = sorted(gains.items(), key=lambda pair: -pair[1])
     console.print("times as fast as the default:", ", ".join(f"{k} {v:.3f}" for k, v in ranked))
     console.print(f"noise {doubled:.1%}; chosen: {best.name}")
-    text = with_entry(stored.FILE.read_text(), name, best.parameters(lanes))
+    text = with_entry(stored.FILE.read_text(), name, best.parameters(name))
     if args.write:
         stored.FILE.write_text(text)
     console.print(f"{'wrote' if args.write else '--write would write'} {stored.FILE}:")

@@ -115,7 +115,7 @@ class GroupRows(NamedTuple):
 
     words: t.Words
     alive: list[Tensor]
-    exact: bool  # whether a denominator may be subnormal, whose reciprocal would be infinite
+    exact: bool  # whether eps makes denominators whose reciprocals would be infinite, or 0
 
 
 def group_rows(
@@ -146,7 +146,7 @@ def group_rows(
                 value[t.LR + i] = float(x.detach() if isinstance(x, Tensor) else x)
         row[t.FLAGS] = flags
     eps = values[:, t.EPS]
-    exact = bool(((eps > 0) & (eps < torch.finfo(torch.float32).tiny)).any())
+    exact = bool((((eps > 0) & (eps < 2.0**-126)) | (eps > 2.0**125)).any())
     return GroupRows(t.frozen(words.ravel()), alive, exact)
 
 
@@ -168,8 +168,8 @@ class Launcher:
         self._reserve: tuple[t.Memory, Tensor] | None = None
         self._reserved_for: t.Table | None = None
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
-        self._given: t.Table | None = None  # as the plan has it, and with its groups
-        self._whole: t.Table | None = None
+        self._given: t.Table | None = None  # as the plan has it
+        self._whole: t.Table | None = None  # with its groups, and with what these ask for
         self._stream: torch.Stream | None = None
         self._prepared: tuple[object, ...] = ()  # what the next launch is compiled for
         self._launched: set[tuple[object, ...]] = set()  # what earlier ones were
@@ -199,7 +199,7 @@ class Launcher:
         if whole is None or table is not self._given or whole.groups is not self._groups:
             tuned = table.parameters
             if groups.exact:
-                tuned = tuned._replace(exact=True)
+                tuned = tuned._replace(exact=True, maxnreg=0, maxnreg_random=0, maxnreg_int8=0)
             whole = dataclasses.replace(table, groups=self._groups, parameters=tuned)
             self._given, self._whole = table, whole
         table = whole
@@ -215,9 +215,9 @@ class Launcher:
         if capturing and not known:
             raise RuntimeError(
                 "FusedAdamW.step() cannot be captured in a CUDA graph yet: no step has had these "
-                "options (GradScaler, max_grad_norm, skip_nonfinite, group_metrics), and its "
-                "kernels would be compiled inside the capture. Run one step() with the same "
-                "options outside the capture."
+                "options (GradScaler, max_grad_norm, skip_nonfinite, group_metrics, an eps that is "
+                "subnormal or above 2^125), and its kernels would be compiled inside the capture. "
+                "Run one step() with the same options outside the capture."
             )
         if not capturing and (table is not self._reserved_for or self._reserve is None):
             with current(self.device):

@@ -63,7 +63,8 @@ _QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
 _GROUP = tl.constexpr(t.RANDOM_GROUP)
 _GROUP_SHIFT = tl.constexpr(t.RANDOM_GROUP.bit_length() - 1)
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
-_HARDWARE, _EXACT, _RECIPROCAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # divisions
+# how float32 is divided, and its root taken
+_HARDWARE, _IEEE, _RECIPROCAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 _TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -77,22 +78,23 @@ _TRITON_DTYPES = {
 
 
 @triton.jit
-def _sqrt(x, DIVISION: tl.constexpr):
+def _sqrt(x, ARITHMETIC: tl.constexpr):
     """Square root: IEEE if exact and always in float64, else the hardware's, 2^-23 off at most."""
-    if DIVISION == _EXACT and x.dtype == tl.float32:
+    if ARITHMETIC == _IEEE and x.dtype == tl.float32:
         return tl.sqrt_rn(x)
     return tl.sqrt(x)
 
 
 @triton.jit
-def _quotient(a, b, DIVISION: tl.constexpr):
+def _quotient(a, b, ARITHMETIC: tl.constexpr):
     """a / b: IEEE if exact and always in float64, else 2 ULP off at most.
 
-    By the reciprocal it is 2 instructions, not 9; that of a subnormal b is infinite.
+    By the reciprocal it is 2 instructions, not 9; that of a subnormal b is infinite, and 0 where b
+    is above 2^126, so that launch.py asks for IEEE where eps makes either possible.
     """
-    if DIVISION == _EXACT and a.dtype == tl.float32:
+    if ARITHMETIC == _IEEE and a.dtype == tl.float32:
         return tl.div_rn(a, b)
-    if DIVISION == _RECIPROCAL and a.dtype == tl.float32:
+    if ARITHMETIC == _RECIPROCAL and a.dtype == tl.float32:
         return a * tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -108,7 +110,7 @@ def _average(old, new, weight, square_error):
 @triton.jit
 def _adamw_update(
     p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2,
-    AMSGRAD: tl.constexpr, DIVISION: tl.constexpr, LARGEST: tl.constexpr,
+    AMSGRAD: tl.constexpr, ARITHMETIC: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """One AdamW update of values in the compute dtype; the scalars are schedule.py's.
 
@@ -122,11 +124,11 @@ def _adamw_update(
     v = _average(v, g * g, w2, tl.fma(g, g, v * -1.0))  # -v would be 0 - v, an instruction
     if AMSGRAD:
         v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
-        d = _sqrt(v_max, DIVISION) * rsqrt_bias2 + eps
+        d = _sqrt(v_max, ARITHMETIC) * rsqrt_bias2 + eps
     else:
-        d = _sqrt(v, DIVISION) * rsqrt_bias2 + eps
+        d = _sqrt(v, ARITHMETIC) * rsqrt_bias2 + eps
     decayed = tl.where(decay != 0, tl.fma(p, decay, p), p)
-    quotient = _quotient(m, d, DIVISION)
+    quotient = _quotient(m, d, ARITHMETIC)
     added = tl.fma(neg_step_size, quotient, tl.where(decay != 0, p * decay, 0))
     p = tl.fma(neg_step_size, quotient, decayed)
     return p, m, v, v_max, added
@@ -264,7 +266,7 @@ def _block(
     STORE_GRAD: tl.constexpr,
     MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
-    DIVISION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -328,7 +330,7 @@ def _block(
         tl.load(scalars + DECAY),
         tl.load(scalars + L2),
         AMSGRAD,
-        DIVISION,
+        ARITHMETIC,
         1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38,
     )
     if not ALIGNED:  # else whole quantisation blocks are masked, and their codes are not stored
@@ -378,7 +380,7 @@ def _block(
 def _dispatch(
     tensor, grad, scalars, scalars64, index, start, numel,
     SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
-    DIVISION: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
@@ -413,14 +415,14 @@ def _dispatch(
                     tensor, grad, row, start, 0, vectors,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
-                    STORE_GRAD, MEASURE, BLOCK, DIVISION, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
                     tensor, grad, row, start, vectors, size,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
-                    STORE_GRAD, MEASURE, BLOCK, DIVISION, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
                 )  # fmt: skip
     return measures
 
@@ -438,7 +440,7 @@ def _adamw(
     STORE_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # of a program
-    DIVISION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -464,7 +466,7 @@ def _adamw(
         if start < numel:
             measures += _dispatch(
                 tensor, grad, scalars, scalars64, index, start, numel, SIGNATURES, STORE_GRAD,
-                rows is not None, BLOCK, DIVISION, LOAD_CACHE, STORE_CACHE, EVICTION,
+                rows is not None, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
             )  # fmt: skip
         start += BLOCK
     if rows is not None:
@@ -479,9 +481,9 @@ def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[obj
     )
 
 
-def _division(parameters: LaunchParameters, device: torch.device) -> tl.constexpr:
+def _arithmetic(parameters: LaunchParameters, device: torch.device) -> tl.constexpr:
     if parameters.exact:
-        return _EXACT
+        return _IEEE
     return _RECIPROCAL if _is_nvidia(device) else _HARDWARE
 
 
@@ -497,18 +499,17 @@ def launch_options(
     Fewer registers let more programs share a multiprocessor: 64 let 8, 72 let 7. ptxas likes to
     take more, and does without (it spills, if anything, in the path of a tensor's last elements)
     where it is told to; kernels that store gradients or measure do spill then. What that gains is
-    measured by bench/tune.py, and for all but a launch of several dtypes on H200s alone.
+    measured by bench/tune.py, and for all but a launch of several dtypes on H200s alone. Masters
+    with other moments than 8-bit ones take 64 as it is.
     """
     tuned, signatures = table.parameters, table.signatures
     cap = 0
     if any(s.quantised for s in signatures):
         cap = tuned.maxnreg_int8
-    elif any(s.master is not None for s in signatures):
-        pass
-    elif len({dtype for s in signatures for dtype in s[:4]}) > 1:
-        cap = tuned.maxnreg
-    elif any(s.stochastic for s in signatures):
-        cap = tuned.maxnreg_random
+    elif not any(s.master is not None for s in signatures):
+        several = len({dtype for s in signatures for dtype in s[:4]}) > 1
+        stochastic = any(s.stochastic for s in signatures)
+        cap = tuned.maxnreg if several else tuned.maxnreg_random * stochastic
     wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
     options = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
     return {**options, "maxnreg": cap} if cap and _is_nvidia(device) and not wide else options
@@ -561,7 +562,7 @@ def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | Non
         "STORE_GRAD": store_grad,
         "BLOCK": tuned.block,
         "BLOCKS": tuned.blocks_per_program,
-        "DIVISION": _division(tuned, memory.words.device).value,
+        "ARITHMETIC": _arithmetic(tuned, memory.words.device).value,
         "LOAD_CACHE": tuned.load_cache,
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,

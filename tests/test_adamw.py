@@ -532,29 +532,29 @@ def test_launch_parameters_change_no_bit(
 
 
 @pytest.mark.parametrize(
-    ("device", "hip", "exact", "division"),
+    ("device", "hip", "exact", "arithmetic"),
     [
         ("cuda", None, False, "_RECIPROCAL"),
-        ("cuda", None, True, "_EXACT"),
+        ("cuda", None, True, "_IEEE"),
         ("cuda", "7.0", False, "_HARDWARE"),
         ("xpu", None, False, "_HARDWARE"),
         ("cpu", None, False, "_HARDWARE"),  # the interpreter knows no PTX
     ],
 )
-def test_division_by_the_reciprocal_is_nvidias(
-    device: str, hip: str | None, exact: bool, division: str, monkeypatch: pytest.MonkeyPatch
+def test_arithmetic_by_the_reciprocal_is_nvidias(
+    device: str, hip: str | None, exact: bool, arithmetic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = load_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu")).adamw
     monkeypatch.setattr(torch.version, "hip", hip)
     parameters = LaunchParameters(exact=exact)
-    assert kernels._division(parameters, torch.device(device)) is getattr(kernels, division)
+    assert kernels._arithmetic(parameters, torch.device(device)) is getattr(kernels, arithmetic)
 
 
-@pytest.mark.parametrize(("eps", "exact"), [(1e-37, False), (1e-40, True)])
-def test_a_subnormal_eps_is_divided_by_exactly(
+@pytest.mark.parametrize(("eps", "exact"), [(1e-37, False), (1e-40, True), (1e38, True)])
+def test_an_eps_without_a_reciprocal_is_divided_by_exactly(
     device: torch.device, eps: float, exact: bool
 ) -> None:
-    """Its reciprocal would be infinite, and 0 times that NaN; a later eps is followed."""
+    """It would be infinite, and 0 times that NaN, or 0; a later eps is followed."""
     p = Parameter(torch.tensor([1.0, -2.0, 3.0], device=device))
     optimizer = FusedAdamW([p], backend="triton", weight_decay=0.0)
     p.grad = torch.ones_like(p)

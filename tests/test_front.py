@@ -13,6 +13,8 @@ from fused_adamw import plan as planning
 from fused_adamw.kernels.front import Call, Front
 from fused_adamw.kernels.launch_parameters import LaunchParameters
 
+ALIGNED = {"words", "scalars", "scalars64", "rows", "counted"}  # as they are compiled for
+
 
 class Kernel:
     """Stands for a kernel of Triton, or for what it compiled: notes how it is launched."""
@@ -73,6 +75,10 @@ def test_a_key_stands_for_all_that_is_compiled(
         arguments: tuple[Any, ...],
         call: Callable[[], Call],
     ) -> None:
+        names = kernel.fn.__code__.co_varnames
+        for name, x in zip(names, arguments, strict=False):
+            if isinstance(x, torch.Tensor) and name in ALIGNED:
+                assert x.data_ptr() % 16 == 0, name
         what = call(), [None if x is None else getattr(x, "dtype", int) for x in arguments]
         compiled.setdefault(key, set()).add(f"{kernel.fn.__name__} {what}")
 

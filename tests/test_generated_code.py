@@ -221,6 +221,16 @@ def test_memory_and_not_instructions_limits_the_kernel(
     assert 10 < cost < 7.8 * bytes_moved  # fewer than 10 would be no AdamW: the count is wrong then
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_nvidia_divides_by_the_reciprocal(reports: dict[tuple[str, str], Any], target: str) -> None:
+    # 8 elements a thread, on two paths
+    for name in ("fp32", "bf16", *STORED):
+        wanted = 16 * len(reports[name, target]["signatures"]) * (target in NVIDIA)
+        assert reports[name, target]["reciprocals"] == wanted, name
+    for name in ("fp32-exact", "fp64"):
+        assert reports[name, target]["reciprocals"] == 0, name
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_stochastic_rounding_adds_20_instructions_at_most(
     reports: dict[tuple[str, str], Any], target: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -225,7 +227,9 @@ def test_clipping_wants_a_step_with_it_before_the_capture(
     assert [float(adamw.state[p]["step"]) for p in params] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("change", ["grad_scale", "found_inf", "skip_nonfinite", "max_grad_norm"])
+@pytest.mark.parametrize(
+    "change", ["grad_scale", "found_inf", "skip_nonfinite", "max_grad_norm", "eps"]
+)
 def test_kernels_are_not_compiled_in_a_capture(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -239,9 +243,36 @@ def test_kernels_are_not_compiled_in_a_capture(
         "skip_nonfinite": True,
         "max_grad_norm": None,
     }
-    setattr(adamw, change, new[change])
+    if change == "eps":  # whose reciprocal is infinite
+        adamw.param_groups[0]["eps"] = 1e-40
+    else:
+        setattr(adamw, change, new[change])
     refused_until_a_step(adamw, params, monkeypatch, "with the same options")
     assert [float(adamw.state[p]["step"]) for p in params] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("index", "entered"), [(0, []), (1, [1])])
+def test_the_device_is_made_current_where_it_is_not(
+    index: int, entered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class FakeModule:
+        @staticmethod
+        def current_device() -> int:
+            return 0
+
+        @staticmethod
+        @contextlib.contextmanager
+        def device(device: torch.device) -> Iterator[None]:
+            seen.append(device.index)
+            yield
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: FakeModule)
+    with launch.current(torch.device("cuda", index)):
+        assert seen == entered
+    with launch.current(torch.device("cpu")):
+        assert seen == entered
 
 
 def test_memory_is_kept_for_each_stream_that_uses_it(

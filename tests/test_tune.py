@@ -61,8 +61,8 @@ def test_candidates_are_few_reasoned_and_can_be_launched() -> None:
     assert len(tune.BY_NAME) == len(tune.CANDIDATES)
     assert 12 <= len(tune.CANDIDATES) <= 24
     assert len({c.reason for c in tune.CANDIDATES}) == len(tune.CANDIDATES)
-    for lanes in (32, 64):
-        launched = [c.parameters(lanes) for c in tune.CANDIDATES]
+    for target, lanes in (("sm_80", 32), ("gfx942", 64)):
+        launched = [c.parameters(target) for c in tune.CANDIDATES]
         for p in launched:
             assert p.block // (p.num_warps * lanes) == 8, "128 bits of bf16 a thread"
             assert p.block & (p.block - 1) == 0
@@ -71,12 +71,21 @@ def test_candidates_are_few_reasoned_and_can_be_launched() -> None:
             assert len(set(launched)) == len(launched)
             for field in LaunchParameters._fields:
                 assert len({getattr(p, field) for p in launched}) > 1, f"{field} is never varied"
-    assert tune.DEFAULT.parameters(64) == stored.launch_parameters("gfx942")
+    assert tune.DEFAULT.parameters("gfx942") == stored.launch_parameters("gfx942")
+
+
+def test_candidates_keep_what_the_architecture_has() -> None:
+    """Else --write would drop it."""
+    own = stored.launch_parameters("sm_90")
+    assert (own.maxnreg_random, own.maxnreg_int8) != (0, 0)
+    assert tune.DEFAULT.parameters("sm_90") == own
+    written = tune.BY_NAME["block-512"].parameters("sm_90")
+    assert written == own._replace(block=512, num_warps=2)
 
 
 def test_what_a_target_ignores_is_compiled_once() -> None:
     """A cap on registers is NVIDIA's: on AMD such candidates are others again."""
-    on_amd = {c.name: c.parameters(64) for c in tune.CANDIDATES}
+    on_amd = {c.name: c.parameters("gfx942") for c in tune.CANDIDATES}
     assert on_amd["regs-48"] == on_amd["regs-free"] == on_amd["default"]
     assert on_amd["exact"] == on_amd["exact-64"] != on_amd["default"]
 
@@ -182,7 +191,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 @each("name", ["block-2048", "loop-2", "exact", "stream"])
 def test_candidates_leave_the_bits_of_the_default(name: str, device: torch.device) -> None:
-    assert tune.wrong(tune.BY_NAME[name], device, 32) == ""
+    assert tune.wrong(tune.BY_NAME[name], device, "sm_80") == ""
 
 
 @each("checked", tune.CHECKED, ids=lambda checked: checked.set)
@@ -191,7 +200,7 @@ def test_candidates_leave_the_bits_of_the_default_in_all_sets(
     checked: tune.Timed, name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "CHECKED", [checked])
-    assert tune.wrong(tune.BY_NAME[name], device, 32) == ""
+    assert tune.wrong(tune.BY_NAME[name], device, "sm_80") == ""
 
 
 @pytest.mark.usefixtures("small")
@@ -219,7 +228,7 @@ def test_other_results_are_found(
             return super().step(closure)
 
     monkeypatch.setattr(tune, "Tuned", Off)
-    problem = tune.wrong(tune.Candidate("off", changes, ""), device, 32)
+    problem = tune.wrong(tune.Candidate("off", changes, ""), device, "sm_80")
     assert bool(problem) == found
     assert not found or problem.startswith("small as fp32, param 0: ")
 
@@ -253,7 +262,8 @@ def test_the_gpu_part_runs_to_its_end(
 ) -> None:
     """Checked, timed in rounds and chosen; --write changes one line of the file."""
     file = tmp_path / "launch_parameters.json"
-    file.write_text(stored.FILE.read_text())
+    stored_text = stored.FILE.read_text()
+    file.write_text(stored_text)
     monkeypatch.setattr(stored, "FILE", file)
     ceilings = {"4R3W fp32": [1e-3]}
     monkeypatch.setattr(tune, "measure_ceilings", lambda _, into, __: into.update(ceilings))
@@ -273,7 +283,7 @@ def test_the_gpu_part_runs_to_its_end(
     assert json.loads(file.read_text()) == {
         "default": {},
         "gfx": {"num_warps": 2},
-        "sm_90": {"block": 2048, "num_warps": 8},
+        "sm_90": {"block": 2048, "num_warps": 8, **json.loads(stored_text)["sm_90"]},
     }
 
 
@@ -318,9 +328,11 @@ def test_entry_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(stored, "launch_parameters", stored.launch_parameters.__wrapped__)
     text = stored.FILE.read_text()
     monkeypatch.setattr(stored, "FILE", tmp_path / "launch_parameters.json")
+    stored.FILE.write_text(text)
     for candidate in tune.CANDIDATES:
-        for name, lanes in (("sm_90", 32), ("gfx942", 64)):
-            parameters = candidate.parameters(lanes)
+        for name in ("sm_90", "gfx942"):
+            stored.FILE.write_text(text)
+            parameters = candidate.parameters(name)
             stored.FILE.write_text(tune.with_entry(text, name, parameters))
             assert stored.launch_parameters(name) == parameters
     assert tune.with_entry(text, "default", LaunchParameters()) == text  # keeps its form
