@@ -14,19 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from providers import FORMATS
 from torch import Tensor
 
 from fused_adamw import FusedAdamW
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1, 7, 1025, 70_000)  # one element, less than a vector, a block and one, many blocks
-FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+STORED: dict[str, tuple[torch.dtype, Mapping[str, Any]]] = {
     "fp32": (torch.float32, {}),
     "bf16": (torch.bfloat16, {}),
-    "bf16+sr": (torch.bfloat16, {"stochastic_rounding": True}),
-    "bf16+master": (torch.bfloat16, {"master_weights": True, "state_dtype": torch.float32}),
-    "bf16+master+int8": (torch.bfloat16, {"master_weights": True, "state_dtype": "int8"}),
-    "bf16+int8": (torch.bfloat16, {"state_dtype": "int8"}),
+    **{f"bf16{name}": (torch.bfloat16, options) for name, (options, _) in FORMATS.items()},
 }
 
 
@@ -41,12 +39,12 @@ def few_steps(tensors: Sequence[Tensor], options: Mapping[str, Any]) -> bool:
     return all(bool(p.isfinite().all()) for p in params)
 
 
-def every_path(device: str) -> Iterator[tuple[str, list[Tensor], dict[str, Any]]]:
+def every_path(device: str) -> Iterator[tuple[str, list[Tensor], Mapping[str, Any]]]:
     """All dtypes in one launch, then each format with clipping and metrics."""
     unaligned = [torch.randn(5001, device=device)[1:]]
     every = [torch.randn(n, device=device).to(dtype) for dtype in DTYPES for n in SIZES]
     yield "all dtypes", every + unaligned, {"amsgrad": True}
-    for name, (dtype, options) in FORMATS.items():
+    for name, (dtype, options) in STORED.items():
         tensors = [torch.randn(n, device=device).to(dtype) for n in (*SIZES, 5001)]
         tensors[-1] = tensors[-1][1:]
         yield name, tensors, {**options, "max_grad_norm": 1.0, "group_metrics": True}
@@ -55,13 +53,13 @@ def every_path(device: str) -> Iterator[tuple[str, list[Tensor], dict[str, Any]]
 def main() -> int:
     """Exit with 1 if a parameter is not finite after the steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--format", choices=FORMATS, help="only this, in 4 tensors of --numel")
+    parser.add_argument("--format", choices=STORED, help="only this, in 4 tensors of --numel")
     parser.add_argument("--numel", type=int, default=2**24, help="default: %(default)s")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = every_path(device)
     if args.format is not None:
-        dtype, options = FORMATS[args.format]
+        dtype, options = STORED[args.format]
         large = [torch.randn(args.numel, device=device).to(dtype) for _ in range(4)]
         runs = iter([(args.format, large, options)])
     failed = False

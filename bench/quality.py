@@ -22,11 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +35,7 @@ from blocks import rewrite
 from blocks import table as markdown
 from machine import find_commit
 from matplotlib.figure import Figure
+from processes import in_processes
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -325,14 +324,6 @@ def save(path: Path, settings: Settings, runs: Sequence[Run]) -> None:
     """Keep the runs for `load`."""
     kept = {"settings": asdict(settings), "runs": [asdict(x) for x in runs]}
     path.write_text(json.dumps(kept, indent=1))
-
-
-def in_processes(jobs: int, calls: Sequence[Callable[[], Run]]) -> Iterator[Run]:
-    """Results as they come, of so many calls at a time."""
-    fresh = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=fresh) as pool:
-        for future in as_completed([pool.submit(call) for call in calls]):
-            yield future.result()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

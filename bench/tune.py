@@ -31,14 +31,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +48,8 @@ import triton
 from cases import CASES, TINY_CASES, Case, Group, Leaf, Mi, gradients, make
 from chips import CHIPS, REACHED, Chip, issue_share, predicted_tbs, programs_of_unit
 from machine import Device, ceiling, describe, find_commit, measure_ceilings
-from providers import Provider
+from processes import in_processes
+from providers import FORMATS, Provider
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -136,9 +135,7 @@ _BF16_TINY = Case("tiny-bf16", (Group(tuple(Leaf((n, 64), torch.bfloat16) for n 
 _MATRICES = tuple(Leaf((16 * Mi,), torch.bfloat16) for _ in range(9))
 _MIXED = Case("9x16Mi-bf16+16Mi", (Group((*_MATRICES, Leaf((16 * Mi,)))),))
 _FLOAT32_MOMENTS = {"state_dtype": torch.float32}
-_MASTER_INT8 = {"master_weights": True, "state_dtype": "int8"}
-_INT8 = {"state_dtype": "int8"}
-_STOCHASTIC = {"stochastic_rounding": True}
+_MASTER_INT8, _INT8, _STOCHASTIC = (FORMATS[name][0] for name in ("+master+int8", "+int8", "+sr"))
 
 
 class Timed(NamedTuple):
@@ -259,14 +256,15 @@ def compile_all(
             for name in sets:
                 row = Compiled(candidate.name, target, name, parameters.num_warps, None)
                 jobs.setdefault((target, name, parameters), row)
-    fresh = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), mp_context=fresh) as pool:
-        futures = [
-            pool.submit(compile_one, row, parameters) for (_, _, parameters), row in jobs.items()
-        ]
-        for _ in as_completed(futures):
-            advance(1 / len(jobs))
-    return [future.result() for future in futures]
+    places = {row: place for place, row in enumerate(jobs.values())}
+    calls = [
+        functools.partial(compile_one, row, parameters) for (*_, parameters), row in jobs.items()
+    ]
+    compiled = []
+    for row in in_processes(min(os.cpu_count() or 1, len(jobs)), calls):
+        compiled.append(row)
+        advance(1 / len(jobs))
+    return sorted(compiled, key=lambda row: places[row._replace(report=None, refused="")])
 
 
 def show_compiled(rows: Sequence[Compiled]) -> list[Table]:
