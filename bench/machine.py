@@ -143,7 +143,7 @@ def measure_ceilings(device: Device, into: dict[str, list[float]], rounds: int) 
 def ceiling(rounds: Sequence[float]) -> float:
     """What the device sustains: the median of the faster half of the rounds.
 
-    An H200's memory was seen to be a tenth slower for a fraction of a second, between two cases.
+    An H200's memory was seen to be a tenth slower for a fraction of a second, then as before.
     """
     return statistics.median(sorted(rounds)[len(rounds) // 2 :])
 

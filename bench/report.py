@@ -94,7 +94,7 @@ def load(path: Path, cpu: bool = False) -> dict[str, Any]:
 def render(numbers: dict[str, Any]) -> str:
     """Caption, table, and what to know when reading it."""
     facts = numbers["machine"]
-    tbs = ceiling(numbers["ceilings_by_round"][CEILING])
+    most = ceiling(numbers["ceilings_by_round"][CEILING])
     what = "gpu" if numbers["on_gpu"] else "wall"
     lines = {(line["case"], line["provider"]): line for line in numbers["lines"]}
     pairs = [
@@ -103,15 +103,15 @@ def render(numbers: dict[str, Any]) -> str:
         for clip in ("", CLIP)
         if {(case, OURS + clip), (case, FUSED + clip)} <= lines.keys()
     ]
-    rows = [_row(label, ours, theirs, what, tbs) for label, ours, theirs in pairs]
+    rows = [_row(label, ours, theirs, what, most) for label, ours, theirs in pairs]
     rows += _means(numbers["geometric_means"], what)
     parts = [_caption(facts, numbers["command"]), table(COLUMNS, rows)]
-    formats = list(_format_rows(lines, what, tbs))
+    formats = list(_format_rows(lines, what, most))
     if formats:
         parts.append(table(FORMAT_COLUMNS, formats))
     if not numbers["on_gpu"]:
         parts.insert(0, "**Times of a CPU, which say nothing of a GPU.**")
-    parts.append(" ".join(_notes(numbers, [line for pair in pairs for line in pair[1:]])))
+    parts.append(" ".join(_notes(numbers, most, [x for pair in pairs for x in pair[1:]])))
     return "\n\n".join(parts)
 
 
@@ -179,20 +179,19 @@ def _means(means: dict[str, dict[str, float]], what: str) -> Iterator[list[str]]
             yield [label, *[""] * 4, *bold, *[""] * 4]
 
 
-def _notes(numbers: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
-    rounds = [len(line["wall"]) for line in lines if line["wall"]]
-    least, most = min(rounds, default=0), max(rounds, default=0)
-    yield f"Medians of {least}{f' to {most}' if most > least else ''} rounds;"
+def _notes(numbers: dict[str, Any], most: float, lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    counts = [len(line["wall"]) for line in lines if line["wall"]]
+    least, largest = min(counts, default=0), max(counts, default=0)
+    yield f"Medians of {least}{f' to {largest}' if largest > least else ''} rounds;"
     yield "x: times as fast, the median of the ratios within rounds;"
     yield "from idle: until an idle GPU is idle again, so that the host's time shows."
     if any(CLIP in line["provider"] for line in lines):
         yield "Clipped: the norm within our step, `clip_grad_norm_` before torch's."
-    rounds_of = numbers["ceilings_by_round"][CEILING]
-    most_tbs = ceiling(rounds_of)
+    rounds = numbers["ceilings_by_round"][CEILING]
     yield (
-        f"The ceiling is {number(most_tbs)} TB/s, a stream of 4 reads and 3 writes an "
-        f"element measured in the same run ({sum(x < 0.95 * most_tbs for x in rounds_of)} of its "
-        f"{len(rounds_of)} rounds were more than 5 % slower)."
+        f"The ceiling is {number(most)} TB/s, a stream of 4 reads and 3 writes an "
+        f"element measured in the same run ({sum(x < 0.95 * most for x in rounds)} of its "
+        f"{len(rounds)} rounds were more than 5 % slower)."
     )
     if numbers["noise"]:
         middle, most_noise = statistics.median(numbers["noise"]), max(numbers["noise"])
