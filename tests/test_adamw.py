@@ -541,7 +541,7 @@ def test_launch_parameters_change_no_bit(
         ("cpu", None, False, "_HARDWARE"),  # the interpreter knows no PTX
     ],
 )
-def test_arithmetic_by_the_reciprocal_is_nvidias(
+def test_the_reciprocal_is_nvidias(
     device: str, hip: str | None, exact: bool, arithmetic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = load_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu")).adamw

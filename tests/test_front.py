@@ -61,28 +61,36 @@ def test_what_is_not_compiled_has_no_handle() -> None:
     assert len(kernel.seen) == 2
 
 
+def arguments_of(kernel: Any) -> list[str]:
+    code = kernel.fn.__code__
+    return list(code.co_varnames[: code.co_argcount])
+
+
+def instead_of_launching(note: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are not launched: `note` is told of each, what it is compiled for ready-made."""
+
+    def launch(
+        self: Front, kernel: Any, key: object, programs: int, arguments: Any, call: Any
+    ) -> None:
+        note(kernel, key, arguments, call())
+
+    monkeypatch.setattr(Front, "launch", launch)
+
+
 def test_a_key_stands_for_all_that_is_compiled(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Launches that differ in constants, options or absent arguments have different keys."""
     compiled: dict[object, set[str]] = {}
 
-    def launch(
-        self: Front,
-        kernel: Any,
-        key: object,
-        programs: int,
-        arguments: tuple[Any, ...],
-        call: Callable[[], Call],
-    ) -> None:
-        names = kernel.fn.__code__.co_varnames
-        for name, x in zip(names, arguments, strict=False):
+    def note(kernel: Any, key: object, arguments: tuple[Any, ...], call: Call) -> None:
+        for name, x in zip(arguments_of(kernel), arguments, strict=False):
             if isinstance(x, torch.Tensor) and name in ALIGNED:
                 assert x.data_ptr() % 16 == 0, name
-        what = call(), [None if x is None else getattr(x, "dtype", int) for x in arguments]
+        what = call, [None if x is None else getattr(x, "dtype", int) for x in arguments]
         compiled.setdefault(key, set()).add(f"{kernel.fn.__name__} {what}")
 
-    monkeypatch.setattr(Front, "launch", launch)
+    instead_of_launching(note, monkeypatch)
     kinds: list[tuple[list[torch.dtype], dict[str, Any]]] = [
         ([torch.float32], {}),
         ([torch.bfloat16], {"amsgrad": True}),
@@ -118,20 +126,12 @@ def test_constants_are_in_the_order_of_the_kernel(
     """By the handle they go by position."""
     kernels = []
 
-    def launch(
-        self: Front,
-        kernel: Any,
-        key: object,
-        programs: int,
-        arguments: tuple[Any, ...],
-        call: Callable[[], Call],
-    ) -> None:
+    def note(kernel: Any, key: object, arguments: tuple[Any, ...], call: Call) -> None:
         kernels.append(kernel.fn.__name__)
-        names = list(kernel.fn.__code__.co_varnames[: kernel.fn.__code__.co_argcount])
-        assert names[len(arguments) :] == list(call().constants)
+        assert arguments_of(kernel)[len(arguments) :] == list(call.constants)
         hash(key)
 
-    monkeypatch.setattr(Front, "launch", launch)
+    instead_of_launching(note, monkeypatch)
     p = torch.nn.Parameter(torch.ones(3, device=device))
     p.grad = torch.ones_like(p)
     FusedAdamW([p], backend="triton", max_grad_norm=1.0 if clipped else None).step()
