@@ -6,6 +6,8 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
+_hypers_of = itemgetter("lr", "eps", "weight_decay", "maximize", _DECOUPLED)
 _OPTIONS = ("backend", "max_grad_norm", "skip_nonfinite", "grad_norm_group", "group_metrics")
 _KERNEL_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
@@ -438,14 +441,8 @@ class FusedAdamW(Optimizer):
 
     def _check_changed_hypers(self, max_norm: float | None) -> None:
         """Check hyper-parameters that are not as they were, and forget the rows made of them."""
-        values = [
-            (
-                *(g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g[_DECOUPLED]),
-                *[g[key] for key in storing.OPTIONS if key in g],
-            )
-            for g in self.param_groups
-        ]
-        if any(isinstance(x, Tensor) for v in values for x in v[:5]):
+        values = [(*_hypers_of(g), *g["betas"], *storing.options_of(g)) for g in self.param_groups]
+        if any(issubclass(kind, Tensor) for kind in set(map(type, chain.from_iterable(values)))):
             values = []  # they change in place, and comparing them would wait for the device
         if values:
             values.append((max_norm,))

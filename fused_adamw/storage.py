@@ -40,6 +40,13 @@ _DTYPES: dict[Any, torch.dtype | None] = {
 }
 
 
+def options_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The group's storage options, as far as it has them."""
+    if group.keys().isdisjoint(OPTIONS):  # as torch's are
+        return ()
+    return tuple([group[key] for key in OPTIONS if key in group])
+
+
 def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
     """Dtypes of first and second moments: uint8 for 8 bits, None for what is updated.
 
