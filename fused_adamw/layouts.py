@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REALS = {torch.complex128: torch.float64, torch.complex64: torch.float32}
-
-dtype_of: attrgetter[torch.dtype] = attrgetter("dtype")
 
 
 class Described(NamedTuple):
@@ -36,7 +33,7 @@ class Described(NamedTuple):
         """
         addresses = list(map(Tensor.data_ptr, tensors))
         kinds = (
-            list(map(dtype_of, tensors)),
+            [x.dtype for x in tensors],
             list(map(Tensor.numel, tensors)),
             list(map(Tensor.is_contiguous, tensors)),
         )

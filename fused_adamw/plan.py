@@ -3,7 +3,8 @@
 A plan is found stale by comparing what tensors *are* (address, dtype, layout) with what it was
 made from, never by the identity of objects alone: `zero_grad()` makes new gradients in every step,
 and `p.data = x` keeps the object while everything else changes. It keeps no gradient and no state
-alive, so that a trainer can move states to the CPU and get their memory back.
+alive, so that a trainer can move states to the CPU and get their memory back; when the memory of a
+state is freed, the plan is told.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from .layouts import (
     Described,
     GradLayout,
     dense_copy,
-    dtype_of,
     grad_layout,
     is_dense,
     same_strides,
@@ -41,9 +41,9 @@ Grads = Sequence[Tensor | None]
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
-# Params asked in one go: their objects stay in the L2 cache from one question to the next, and
-# answers equal to the last look's are dropped before they leave it.
-IN_CACHE = 256
+# Params asked in one go: their objects stay in the cache from one question to the next, and answers
+# equal to the last look's are dropped before they leave it.
+IN_CACHE = 1024
 
 
 class Entry(NamedTuple):
@@ -89,17 +89,15 @@ class Entries(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Some state tensors: the objects, where they are, in which dtype."""
+    """Some state tensors: the objects, and where they are."""
 
     objects: bytes
     addresses: list[int]
-    dtypes: list[torch.dtype]
 
     @classmethod
     def of(cls, states: Sequence[Tensor], before: Stored | None) -> Stored:
         """Ask state tensors; before itself where all is as it was."""
-        addresses = list(map(Tensor.data_ptr, states))
-        now = cls(objects(states), addresses, list(map(dtype_of, states)))
+        now = cls(objects(states), list(map(Tensor.data_ptr, states)))
         return before if before is not None and now == before else now
 
 
@@ -107,8 +105,9 @@ class Look(NamedTuple):
     """What a plan depends on; while looks are equal it holds. Keeps no tensor alive.
 
     In parts of IN_CACHE params; one that is as it was in the last look is the last look's own.
-    A state is taken by object, address and dtype: so one that is replaced is always noticed,
-    wherever its memory is.
+    A state is taken by object and address: enough beside `Plan.gone`. The same object at the same
+    address of memory that was never freed is what it was, unless the user has made it, by `.data`,
+    another view of that very memory; the kernel goes on as before then.
     """
 
     groups: list[tuple[Any, ...]]  # number of params, and the options that say what is stored
@@ -143,8 +142,8 @@ class Plan:
 
     look: Look
     params: list[Tensor]
-    states: list[weakref.ref[Tensor]]
-    gone: list[weakref.ref[Tensor]]  # states that died: another object may have got their id
+    states: list[weakref.ref[Any]]  # the objects, and what they had their memory in
+    gone: list[weakref.ref[Any]]  # those that died: others may have got their id, their address
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
@@ -183,12 +182,7 @@ def look(
     """
     seen = Seen(flat(groups), [], [])
     options = [
-        (
-            len(g["params"]),
-            g["amsgrad"],
-            g["differentiable"],
-            *[g[key] for key in storing.OPTIONS if key in g],
-        )
+        (len(g["params"]), g["amsgrad"], g["differentiable"], *storing.options_of(g))
         for g in groups
     ]
     new = Look(options, objects(seen.params), [], [], [], [])
@@ -200,15 +194,24 @@ def look(
             own = [p.grad for p in part]
         else:
             own, part = list(grads_here[i : i + IN_CACHE]), list(map(local, part))
-        here = [g for g in own if g is not None]
         seen.grads.extend(own)
         new.params.append(Described.of(part, next(last_params, None)))
-        new.grads.append(Described.of(here, next(last_grads, None)))
-        new.present.append([] if len(here) == len(own) else [g is not None for g in own])
+        grads, present = _described(own, next(last_grads, None))
+        new.grads.append(grads)
+        new.present.append(present)
     for states in states_in_parts(entries, state):
         seen.states.extend(states)
         new.states.append(Stored.of(states, next(last_states, None)))
     return new, seen
+
+
+def _described(grads: Grads, before: Described | None) -> tuple[Described, list[bool]]:
+    """Those that are there, and which are; an empty list: all."""
+    try:
+        return Described.of(grads, before), []  # type: ignore[arg-type]
+    except TypeError:  # some are None: found so, they cost nothing where there are none
+        present = [g is not None for g in grads]
+        return Described.of([g for g in grads if g is not None], before), present
 
 
 def states_in_parts(entries: Entries, state: State) -> Iterator[list[Tensor]]:
@@ -339,11 +342,12 @@ def make_plan(
         by_device.setdefault(e.local.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
     new, seen = look(groups, entries, state, grads_here)
-    gone: list[weakref.ref[Tensor]] = []
+    gone: list[weakref.ref[Any]] = []
+    held = [*seen.states, *map(Tensor.untyped_storage, seen.states)]
     plan = Plan(
         look=new,
         params=seen.params,
-        states=[weakref.ref(x, gone.append) for x in seen.states],
+        states=[weakref.ref(x, gone.append) for x in held],
         gone=gone,
         entries=entries,
         copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),

@@ -208,7 +208,7 @@ def test_stale_dtype_at_the_same_address(
     p = Parameter(torch.randn(9, device=device))
     ours = FusedAdamW([p], **OPTIONS, backend=backend)
     memory = torch.zeros(9, dtype=F64, device=device)
-    as32 = memory.view(torch.float32)[:9]
+    as32 = torch.from_dlpack(memory.view(torch.float32)[:9])  # a storage of its own
     if key == "param":
         as32.copy_(p.data)
         p.data = as32
@@ -219,6 +219,7 @@ def test_stale_dtype_at_the_same_address(
     step_all(ours)
     # what is now there as float64, and the truth beside it at an address of its own
     value = as32.to(F64)
+    del as32
     memory.copy_(value)
     twin = Parameter(value.clone() if key == "param" else p.detach().clone())
     fresh = FusedAdamW([twin], **OPTIONS, backend=backend)
