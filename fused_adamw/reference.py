@@ -73,8 +73,8 @@ def adamw_update(
         g.add_(p, alpha=s.l2)
     m.lerp_(g, s.one_minus_beta1)
     # An overflowed one counts as the largest number: inf - inf is NaN. Looking first saves a pass
-    # on the CPU, and would wait for any other device.
-    if v.device.type != "cpu" or not v.max() < math.inf:
+    # on the CPU (the sum is quicker than the maximum), and would wait for any other device.
+    if v.device.type != "cpu" or not v.sum().item() < math.inf:
         v.clamp_(max=torch.finfo(v.dtype).max)
     v.lerp_(torch.mul(g, g, out=d), s.one_minus_beta2)
     if v_max is not None:
@@ -106,16 +106,15 @@ def adamw(
     kept = [param, exp_avg, exp_avg_sq, *([] if max_exp_avg_sq is None else [max_exp_avg_sq])]
     scratch: list[Tensor] = []
     for g_stored, *stored in _pieces([grad, *kept], PIECE_PER_THREAD * torch.get_num_threads()):
+        in_place = g_stored.dtype == compute and scalars.grad_factor == 1 and not scalars.l2
         if not scratch:  # the first piece is the largest
-            needed = 2 + sum(x.dtype != compute for x in stored)
+            needed = 1 + (not in_place) + sum(x.dtype != compute for x in stored)
             scratch = [torch.empty_like(g_stored, dtype=compute) for _ in range(needed)]
         elif len(scratch[0]) > len(g_stored):
             scratch = [x[: len(g_stored)] for x in scratch]
-        d, g, *buffers = scratch
-        if g_stored.dtype == compute and scalars.grad_factor == 1 and not scalars.l2:
-            g = g_stored
-        else:
-            g.copy_(g_stored)  # gradients are read, never written
+        d, *buffers = scratch
+        # gradients are read, never written
+        g = g_stored if in_place else buffers.pop().copy_(g_stored)
         if store_grad:
             g_stored.copy_(torch.mul(g, scalars.unscale, out=d))
         values = [x if x.dtype == compute else buffers.pop().copy_(x) for x in stored]

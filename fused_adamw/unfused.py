@@ -47,7 +47,7 @@ def run_reference(
         grad = grads[e.place] if e.grad_copy is None else e.grad_copy
         if grads[e.place] is None or grad is None:
             continue
-        own = local_state(state[e.param])
+        own = state[e.param] if e.param is e.local else local_state(state[e.param])
         step = float(own["step"].add_(1))
         if (e.group, step) not in known:
             known[e.group, step] = reference.schedule(groups[e.group], step, scale, factor)
