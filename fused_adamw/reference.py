@@ -105,15 +105,19 @@ def adamw(
     compute = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
     kept = [param, exp_avg, exp_avg_sq, *([] if max_exp_avg_sq is None else [max_exp_avg_sq])]
     scratch: list[Tensor] = []
+    in_place = (  # the update reads the gradient where it is, as nothing is to be written to it
+        grad.dtype in (compute, compute.to_complex())
+        and scalars.grad_factor == 1
+        and not scalars.l2
+        and (not store_grad or scalars.unscale == 1)
+    )
     for g_stored, *stored in _pieces([grad, *kept], PIECE_PER_THREAD * torch.get_num_threads()):
-        in_place = g_stored.dtype == compute and scalars.grad_factor == 1 and not scalars.l2
         if not scratch:  # the first piece is the largest
             needed = 1 + (not in_place) + sum(x.dtype != compute for x in stored)
             scratch = [torch.empty_like(g_stored, dtype=compute) for _ in range(needed)]
         elif len(scratch[0]) > len(g_stored):
             scratch = [x[: len(g_stored)] for x in scratch]
         d, *buffers = scratch
-        # gradients are read, never written
         g = g_stored if in_place else buffers.pop().copy_(g_stored)
         if store_grad:
             g_stored.copy_(torch.mul(g, scalars.unscale, out=d))

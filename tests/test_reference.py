@@ -219,3 +219,17 @@ def _with_twin(
 ) -> tuple[FusedAdamW, torch.optim.AdamW, torch.nn.Parameter, torch.nn.Parameter]:
     p, twin = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     return make([p], **options), torch.optim.AdamW([twin], **options), p, twin
+
+
+def test_unscaled_gradients_left_behind_do_not_reach_the_update() -> None:
+    """Unscaling by 2 and clipping by 1/2 is no multiplication, and may be read in place."""
+    (group,) = make([torch.zeros(4)]).param_groups
+    scalars = reference.schedule(group, 1, grad_scale=0.5, clip_factor=0.5)
+    assert scalars.grad_factor == 1
+    moments = []
+    for store_grad in (False, True):
+        p, grad, m, v = torch.ones(4), torch.full((4,), 3.0), torch.zeros(4), torch.zeros(4)
+        reference.adamw(p, grad, m, v, None, scalars, store_grad=store_grad)
+        moments.append(m)
+        assert torch.equal(grad, torch.full((4,), 6.0 if store_grad else 3.0))
+    assert torch.equal(*moments)
