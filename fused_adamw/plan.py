@@ -1,14 +1,15 @@
 """The plan of a step: which tensors it updates, checked once and kept while nothing has moved.
 
-A plan is found stale by comparing what tensors *are* (address, dtype, layout) with what it was
-made from, never by the identity of objects alone: `zero_grad()` makes new gradients in every step,
-and `p.data = x` keeps the object while everything else changes. It keeps no gradient and no state
-alive, so that a trainer can move states to the CPU and get their memory back; when the memory of a
-state is freed, the plan is told.
+A plan is found stale by comparing what tensors *are* with what it was made from, never by the
+identity of objects alone: `zero_grad()` makes new gradients in every step, and `p.data = x` keeps
+the object while everything else changes. Params and gradients are compared by address, dtype and
+layout; states by object and address, while both the object and its storage live. No gradient and no
+state is kept alive, so that a trainer can move states to the CPU and get their memory back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -89,15 +90,17 @@ class Entries(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Some state tensors: the objects, and where they are."""
+    """Some state tensors: the objects, where they are, and in a pool, in which dtype."""
 
     objects: bytes
     addresses: list[int]
+    dtypes: list[torch.dtype]
 
     @classmethod
-    def of(cls, states: Sequence[Tensor], before: Stored | None) -> Stored:
+    def of(cls, states: Sequence[Tensor], pooled: bool, before: Stored | None) -> Stored:
         """Ask state tensors; before itself where all is as it was."""
-        now = cls(objects(states), list(map(Tensor.data_ptr, states)))
+        dtypes = [x.dtype for x in states] if pooled else []
+        now = cls(objects(states), list(map(Tensor.data_ptr, states)), dtypes)
         return before if before is not None and now == before else now
 
 
@@ -106,8 +109,9 @@ class Look(NamedTuple):
 
     In parts of IN_CACHE params; one that is as it was in the last look is the last look's own.
     A state is taken by object and address: enough beside `Plan.gone`. The same object at the same
-    address of memory that was never freed is what it was, unless the user has made it, by `.data`,
-    another view of that very memory; the kernel goes on as before then.
+    address of a storage that lives is what it was, unless the user has made it, by `.data`, another
+    view of that very storage; the kernel goes on as before then. Where a storage holds more than
+    one state, that would be over others' elements: there the dtype is asked for, too.
     """
 
     groups: list[tuple[Any, ...]]  # number of params, and the options that say what is stored
@@ -144,6 +148,7 @@ class Plan:
     params: list[Tensor]
     states: list[weakref.ref[Any]]  # the objects, and what they had their memory in
     gone: list[weakref.ref[Any]]  # those that died: others may have got their id, their address
+    pooled: bool  # whether some states are parts of larger storages, counts of steps apart
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
@@ -170,11 +175,13 @@ def look(
     entries: Entries,
     state: State,
     grads_here: Grads | None = None,
+    pooled: bool = False,
     before: Look | None = None,
 ) -> tuple[Look, Seen]:
     """Look at all tensors of a step: most of what it costs on the host (bench/host.py).
 
     grads_here: the gradients as they lie on this rank; None where no param is a DTensor.
+    pooled: whether to ask for the states' dtypes.
     before: the last look. What is equal is taken from there, and the answers are dropped at once.
 
     Raises KeyError where a state is missing, and what torch raises for a tensor without an address
@@ -188,6 +195,7 @@ def look(
     new = Look(options, objects(seen.params), [], [], [], [])
     was = Look([], b"", [], [], [], []) if before is None else before
     last_params, last_grads, last_states = iter(was.params), iter(was.grads), iter(was.states)
+    last_present = iter(was.present)
     for i in range(0, len(seen.params), IN_CACHE):
         part = seen.params[i : i + IN_CACHE]
         if grads_here is None:
@@ -196,22 +204,25 @@ def look(
             own, part = list(grads_here[i : i + IN_CACHE]), list(map(local, part))
         seen.grads.extend(own)
         new.params.append(Described.of(part, next(last_params, None)))
-        grads, present = _described(own, next(last_grads, None))
+        grads, present = _described(own, next(last_grads, None), not next(last_present, []))
         new.grads.append(grads)
         new.present.append(present)
     for states in states_in_parts(entries, state):
         seen.states.extend(states)
-        new.states.append(Stored.of(states, next(last_states, None)))
+        new.states.append(Stored.of(states, pooled, next(last_states, None)))
     return new, seen
 
 
-def _described(grads: Grads, before: Described | None) -> tuple[Described, list[bool]]:
-    """Those that are there, and which are; an empty list: all."""
-    try:
-        return Described.of(grads, before), []  # type: ignore[arg-type]
-    except TypeError:  # some are None: found so, they cost nothing where there are none
-        present = [g is not None for g in grads]
-        return Described.of([g for g in grads if g is not None], before), present
+def _described(
+    grads: Grads, before: Described | None, all_there: bool
+) -> tuple[Described, list[bool]]:
+    """Those that are there, and which are; an empty list: all. all_there: as is likely."""
+    if all_there:
+        with contextlib.suppress(TypeError):  # what None answers
+            return Described.of(grads, before), []  # type: ignore[arg-type]
+    present = [g is not None for g in grads]
+    here = [g for g in grads if g is not None]
+    return Described.of(here, before), [] if len(here) == len(grads) else present
 
 
 def states_in_parts(entries: Entries, state: State) -> Iterator[list[Tensor]]:
@@ -235,7 +246,7 @@ def follow(
 ) -> tuple[Plan, Seen] | None:
     """The plan as it is, or with gradients elsewhere; None where it is stale."""
     try:
-        new, seen = look(groups, plan.entries, state, grads_here, plan.look)
+        new, seen = look(groups, plan.entries, state, grads_here, plan.pooled, plan.look)
     except (KeyError, TypeError, RuntimeError, NotImplementedError):
         return None  # something is missing or has no address: the checks find the words for it
     if plan.gone or not new.same_tensors(plan.look):
@@ -341,14 +352,20 @@ def make_plan(
     for e in entries.all:
         by_device.setdefault(e.local.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
-    new, seen = look(groups, entries, state, grads_here)
+    states = states_of(entries, state)
+    storages = list(map(Tensor.untyped_storage, states))
+    pooled = any(
+        x.dim() and x.nbytes != storage.nbytes()
+        for x, storage in zip(states, storages, strict=True)
+    )
+    new, seen = look(groups, entries, state, grads_here, pooled)
     gone: list[weakref.ref[Any]] = []
-    held = [*seen.states, *map(Tensor.untyped_storage, seen.states)]
     plan = Plan(
         look=new,
         params=seen.params,
-        states=[weakref.ref(x, gone.append) for x in held],
+        states=[weakref.ref(x, gone.append) for x in (*states, *storages)],
         gone=gone,
+        pooled=pooled,
         entries=entries,
         copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),
         by_device={device: tuple(own) for device, own in by_device.items()},

@@ -41,8 +41,8 @@ _DTYPES: dict[Any, torch.dtype | None] = {
 
 
 def options_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The group's storage options, as far as it has them."""
-    if group.keys().isdisjoint(OPTIONS):  # as torch's are
+    """Values of the storage options that the group has; none where its keys are torch's alone."""
+    if group.keys().isdisjoint(OPTIONS):  # the common case, quicker so
         return ()
     return tuple([group[key] for key in OPTIONS if key in group])
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from truth import set_grad
+from truth import same_bits, set_grad
 from twins import (
     CONTRACT,
     F64,
@@ -236,6 +236,23 @@ def test_stale_dtype_at_the_same_address(
     go_on_alike(ours, fresh, tolerance=0)
 
 
+def test_state_of_another_dtype_in_a_pool(device: torch.device, backend: str) -> None:
+    """The same address of memory that lives, half as much of it: what follows is another's."""
+    p = Parameter(torch.randn(9, device=device))
+    ours = FusedAdamW([p], **OPTIONS, backend=backend)
+    step_all(ours)
+    pool = torch.zeros(72, dtype=torch.uint8, device=device)
+    moment = ours.state[p]["exp_avg"]
+    moment.data = pool[:36].view(torch.float32).copy_(moment)
+    step_all(ours)
+    narrow, behind = moment.to(torch.bfloat16), pool[18:]
+    moment.data = pool[:18].view(torch.bfloat16).copy_(narrow)
+    behind.fill_(1)
+    step_all(ours)
+    assert bool((behind == 1).all())
+    assert not same_bits(moment, narrow)
+
+
 def squares(
     device: torch.device, backend: str
 ) -> tuple[FusedAdamW, torch.optim.AdamW, Parameter, Parameter]:
@@ -273,6 +290,19 @@ def test_stale_state_whose_object_has_the_id_of_the_last(
     ours.state[p]["exp_avg"] = transposed
     theirs.state[twin]["exp_avg"] = theirs.state[twin]["exp_avg"].t()
     go_on_alike(ours, theirs)
+
+
+def test_a_plan_is_kept_while_only_gradients_move(device: torch.device, backend: str) -> None:
+    """torch keeps the Python objects of storages that nobody holds: else all would seem to die."""
+    ours, theirs = beside_torch(device, backend)
+    step_all(ours, theirs)
+    before = ours._plan
+    for _ in range(3):
+        step_all(ours, theirs)
+    assert before is not None
+    assert ours._plan is not None
+    assert ours._plan.states is before.states, "or made anew, as all plans are"
+    assert not before.gone
 
 
 def test_between_steps_gradients_and_states_are_the_users_alone(
