@@ -200,7 +200,7 @@ def test_stale_dtype_of_param_and_state(device: torch.device, backend: str) -> N
 def test_stale_dtype_at_the_same_address(
     device: torch.device, backend: str, key: str, through_data: bool
 ) -> None:
-    """Memory freed and given out again at once, now for 9 float64 where 9 float32 were.
+    """As if memory were freed and given out again at once: 9 float64 where 9 float32 were.
 
     The allocators round sizes up (CUDA's to 512 bytes), so that this is nothing rare. Params are
     always swapped through `.data`; a state may be, and keeps its object then.
