@@ -157,6 +157,20 @@ def test_an_error_of_a_step_changes_nothing(
     assert_same(ours, theirs)
 
 
+def test_an_lr_that_changes_in_place_is_checked(device: torch.device, backend: str) -> None:
+    """The same object with another value: not to be taken for what was checked."""
+    p, lr = Parameter(torch.ones(3, device=device)), torch.tensor(0.1)
+    ours = FusedAdamW([p], lr=lr, backend=backend)
+    step_all(ours)
+    give_grads(ours)
+    before = snapshot(ours)
+    lr.fill_(float("nan"))
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        ours.step()
+    lr.fill_(0.1)
+    assert_unchanged(ours, before)
+
+
 def test_tensor_subclass_is_refused_where_it_is_passed(device: torch.device, backend: str) -> None:
     wrapper = Wrapper(torch.ones(3, device=device))
     with pytest.raises(TypeError, match="is a Wrapper, a tensor subclass"):
