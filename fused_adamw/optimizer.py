@@ -595,7 +595,7 @@ class FusedAdamW(Optimizer):
     def __repr__(self) -> str:
         """As torch shows groups, and how params are stored where that is not torch's way."""
         groups = self.param_groups
-        if not any(key in group for group in groups for key in storing.OPTIONS):
+        if not any(map(storing.options_of, groups)):
             return super().__repr__()
         counts = Counter(
             storing.describe(storing.storage_of(group, p), p)
