@@ -3,6 +3,7 @@
     python bench/codegen.py                                        # the sets below, every target
     python bench/codegen.py --targets sm_90 --sets triples         # each (param, grad, state) alone
     python bench/codegen.py --sets fp32 bf16/fp32/bf16 --json OUT  # the numbers, for a program
+    python bench/codegen.py --no-count                             # in 2/3 of the time
 
 The kernels are launched by their own launchers, under a driver that only names a target, and stop
 before the launch itself: dtypes, specialisation and options are those of a real step. A row shows
@@ -140,7 +141,7 @@ class Report:
     spills: int  # NVIDIA: local loads and stores; AMD: registers spilled
     stack: int  # bytes a thread
     shared: int  # bytes a program, that the launch asks for
-    instructions: int
+    instructions: int | None  # None: not counted
     instructions_per_element: float | None  # up to the vector path's last store; one signature
     reciprocals: int  # in place of divisions, in NVIDIA's PTX
     loads: dict[int, int]  # bits -> how many of tensor elements, that is with a lane's own address
@@ -228,8 +229,11 @@ def make_table(
     return t.build(rows, grads, groups, 1, parameters or LaunchParameters())
 
 
-def compile_case(name: str, target: str, case: Case | None = None) -> Report:
-    """Compile a case for a target, through its launcher; by name, or one that has none."""
+def compile_case(name: str, target: str, case: Case | None = None, *, count: bool = True) -> Report:
+    """Compile a case for a target, through its launcher; by name, or one that has none.
+
+    count: whether to count the instructions, for which NVIDIA's code is disassembled.
+    """
     if case is None:
         case = SETS[name] if name in SETS else alone(name)
     table = make_table(case.signatures, launch_parameters(target)._replace(**case.variant))
@@ -249,8 +253,11 @@ def compile_case(name: str, target: str, case: Case | None = None) -> Report:
     block = cast(int, launch.kwargs["TENSORS" if case.kernel == "schedule" else "BLOCK"])
     threads = launch.compiled.metadata.num_warps * TARGETS[target].warp_size
     per_thread = max(1, block // threads)
-    read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
-    code = read(launch.compiled.asm, any(s.quantised for s in case.signatures))
+    narrow = any(s.quantised for s in case.signatures)
+    if TARGETS[target].backend == "hip":
+        code = _read_amd(launch.compiled.asm, narrow)
+    else:
+        code = _read_nvidia(launch.compiled.asm, narrow, count)
     cost = None
     if case.kernel == "adamw" and len(case.signatures) == 1 and code.last_vector_store:
         cost = code.last_vector_store / per_thread
@@ -282,18 +289,21 @@ class _Code(NamedTuple):
     registers: int
     spills: int
     stack: int
-    instructions: int
+    instructions: int | None
     last_vector_store: int | None  # instructions up to it; the vector path comes first
     loads: dict[int, int]
     stores: dict[int, int]
 
 
-def _read_nvidia(asm: dict[str, Any], narrow: bool) -> _Code:
-    sass = _cuobjdump(asm["cubin"], "-res-usage", "-sass")
-    used = {key: int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", sass)}
-    # /*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;
-    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S+)", sass, re.MULTILINE)
-    code = code[: _end(code, lambda op: op == "BRA")]  # a branch to itself and NOPs pad the end
+def _read_nvidia(asm: dict[str, Any], narrow: bool, count: bool) -> _Code:
+    usage = _cuobjdump(asm["cubin"], "-res-usage")
+    used = {key: int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    code = []
+    if count or used["STACK"]:  # without a stack there is nowhere to spill to
+        # /*0a30*/  @!P0 LDG.E.128 R4, [R2.64] ;
+        sass = _cuobjdump(asm["cubin"], "-sass")  # half a second
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S+)", sass, re.MULTILINE)
+        code = code[: _end(code, lambda op: op == "BRA")]  # a branch to itself and NOPs pad the end
     # Elements are loaded under their lane's mask, what all lanes share (table, scalars) is not.
     access = re.findall(r"@%p\d+ (ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+) ", asm["ptx"])
     widths = [(kind, int(count or 1) * int(bits)) for kind, count, bits in access]
@@ -301,7 +311,7 @@ def _read_nvidia(asm: dict[str, Any], narrow: bool) -> _Code:
         registers=used["REG"],
         spills=sum(op.startswith(("LDL", "STL")) for op in code),
         stack=used["STACK"],
-        instructions=len(code),
+        instructions=len(code) or None,
         last_vector_store=_last(
             code,
             lambda op: op.startswith("STG") and op.endswith((".128", ".64") if narrow else ".128"),
@@ -383,7 +393,7 @@ def show(reports: Sequence[Report]) -> Table:
     table.add_column("stores")
     for r in reports:
         cost = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.0f}"
-        numbers = (r.registers, r.spills, r.stack, r.shared, r.instructions)
+        numbers = (r.registers, r.spills, r.stack, r.shared, r.instructions or "")
         row = (*map(str, numbers), cost, widths(r.loads), widths(r.stores))
         table.add_row(r.set, r.target, *row)
     return table
@@ -400,6 +410,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SET",
         help=f"any of {', '.join(SETS)}; param/grad/state, as in bf16/bf16/fp32; or triples",
     )
+    parser.add_argument(
+        "--count",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="count instructions, which takes a third of the time",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     options = parser.parse_args(arguments)
     names = [n for s in options.sets for n in (TRIPLES if s == "triples" else (s,))]
@@ -412,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started, reports = time.perf_counter(), []
     with console.status("compiling"):
         for target, name in itertools.product(options.targets, names):
-            reports.append(compile_case(name, target))
+            reports.append(compile_case(name, target, count=options.count))
     console.print(show(reports))
     console.print(f"{len(reports)} kernels in {time.perf_counter() - started:.0f} s")
     if options.json:

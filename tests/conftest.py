@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +37,7 @@ def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if not ON_CUDA:
             _round_bf16_to_nearest(patch)
-            _patch_language_once_a_launch(patch)
+            _make_it_faster(patch)
         yield
 
 
@@ -70,19 +71,32 @@ def _round_bf16_to_nearest(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter.InterpreterBuilder, "cast_impl", by_float32)
 
 
-def _patch_language_once_a_launch(patch: pytest.MonkeyPatch) -> None:
-    # The interpreter puts its own triton.language in place when a kernel starts, and once more in
-    # each function that the kernel calls, a third of a step's time. Triton's own ones need that.
-    from triton.runtime.interpreter import InterpretedFunction
+def _make_it_faster(patch: pytest.MonkeyPatch) -> None:
+    # The interpreter puts its own triton.language in place when a kernel starts, and again in each
+    # function that the kernel calls, and takes it back at the end: a third of a step's time. Here
+    # it stays, as nothing else is done with triton.language where TRITON_INTERPRET is set.
+    import triton.language as tl
+    from triton.runtime import interpreter
 
-    patching = InterpretedFunction.__call__
+    put_in_place = interpreter._patch_lang
+    patched: list[dict[str, Any]] = []  # the globals of functions: one dict a module
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__.startswith("triton."):
-            return patching(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
+    def once(fn: Any) -> Any:
+        if not any(fn.__globals__ is known for known in patched):
+            put_in_place(fn)
+            patched.append(fn.__globals__)
+        return interpreter._LangPatchScope()  # of no patches: nothing to take back
 
-    patch.setattr(InterpretedFunction, "__call__", call)
+    patch.setattr(interpreter, "_patch_lang", once)
+
+    # makes a table of all dtypes in each call
+    of_dtype = interpreter._get_np_dtype
+    of_scalar = functools.cache(of_dtype)
+
+    def np_dtype(x: tl.dtype) -> Any:
+        return of_scalar(x) if type(x) is tl.dtype else of_dtype(x)  # others have no hash
+
+    patch.setattr(interpreter, "_get_np_dtype", np_dtype)
 
 
 @pytest.fixture(autouse=True)
