@@ -412,9 +412,9 @@ def test_8_bit_moments_are_near_float32(
     device: torch.device, backend: Any, dtype: torch.dtype, amsgrad: bool
 ) -> None:
     params, others = make(device, dtype), make(device, dtype)
-    options: Any = {"amsgrad": amsgrad, "backend": backend, "lr": 0.01}
-    ours = FusedAdamW(params, state_dtype="int8", **options)
-    truth = FusedAdamW(others, state_dtype=F32, **options)
+    options: Any = {"amsgrad": amsgrad, "lr": 0.01}
+    ours = FusedAdamW(params, state_dtype="int8", backend=backend, **options)
+    truth = FusedAdamW(others, state_dtype=F32, backend="reference", **options)
     for step in range(5):
         train(ours, range(step, step + 1))
         train(truth, range(step, step + 1))
