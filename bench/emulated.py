@@ -34,7 +34,7 @@ def schedule(group: Mapping[str, Any], step: int) -> Scalars:
     """Scalars of the `step`-th update, as kernels/schedule.py leaves them in float32."""
     s = reference.schedule(group, step)
     w1, w2 = (w if w < 0.5 else w - 1 for w in (s.one_minus_beta1, s.one_minus_beta2))
-    exact = (w1, w2, s.rsqrt_bias2, s.eps, s.neg_step_size, s.decay)
+    exact = (w1, w2, s.rsqrt_bias2, s.eps.item(), s.neg_step_size, s.decay)
     return Scalars(*torch.tensor(exact, dtype=torch.float32).tolist())
 
 

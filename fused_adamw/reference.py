@@ -6,7 +6,7 @@ Twins of the kernels by name: `schedule` of kernels/schedule.py, `adamw_update` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,16 +31,28 @@ class Scalars(NamedTuple):
     one_minus_beta1: float
     one_minus_beta2: float
     rsqrt_bias2: float  # 1 / sqrt(1 - beta2^t)
-    eps: float
+    eps: Tensor  # 0-dim, in the dtype of the arithmetic: a product is added to it in one pass
     neg_step_size: float  # -lr / (1 - beta1^t)
     decay: float  # -lr * weight_decay, decoupled
     l2: float  # weight_decay, in the gradient
 
 
+def arithmetic(param: Tensor) -> torch.dtype:
+    """float64 for a param in it, real or complex, else float32."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
 def schedule(
-    group: Mapping[str, Any], step: float, grad_scale: float = 1.0, clip_factor: float = 1.0
+    group: Mapping[str, Any],
+    step: float,
+    grad_scale: float = 1.0,
+    clip_factor: float = 1.0,
+    dtype: torch.dtype = torch.float64,
 ) -> Scalars:
-    """Scalars of the `step`-th update (counted from 1) under the hyper-parameters of `group`."""
+    """Scalars of the `step`-th update (counted from 1) under the hyper-parameters of `group`.
+
+    dtype: of the arithmetic that they are for.
+    """
     lr, beta1, beta2 = (
         float(x.detach() if isinstance(x, Tensor) else x) for x in (group["lr"], *group["betas"])
     )
@@ -52,7 +64,7 @@ def schedule(
         one_minus_beta1=1 - beta1,
         one_minus_beta2=1 - beta2,
         rsqrt_bias2=(1 - beta2**step) ** -0.5,
-        eps=float(group["eps"]),
+        eps=torch.tensor(float(group["eps"]), dtype=dtype, device="cpu"),
         neg_step_size=-lr / (1 - beta1**step),
         decay=-lr * weight_decay if decoupled else 0.0,
         l2=0.0 if decoupled else weight_decay,
@@ -80,7 +92,7 @@ def adamw_update(
     if v_max is not None:
         torch.maximum(v_max, v, out=v_max)  # keeps NaN
     torch.sqrt(v if v_max is None else v_max, out=d)
-    torch.add(d.new_full((), s.eps), d, alpha=s.rsqrt_bias2, out=d)
+    torch.add(s.eps, d, alpha=s.rsqrt_bias2, out=d)
     if s.decay:
         p.add_(p, alpha=s.decay)
     p.addcdiv_(m, d, value=s.neg_step_size)
@@ -102,18 +114,21 @@ def adamw(
     in float64, all others in float32, with one rounding at the store). With `store_grad` the
     unscaled gradient is left in `grad`. `measures`: float64 [MEASURES], sums to add to, or None.
     """
-    compute = torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
-    kept = [param, exp_avg, exp_avg_sq, *([] if max_exp_avg_sq is None else [max_exp_avg_sq])]
-    scratch: list[Tensor] = []
+    compute = arithmetic(param)
+    kept = [param, exp_avg, exp_avg_sq]
+    if max_exp_avg_sq is not None:
+        kept.append(max_exp_avg_sq)
     in_place = (  # the update reads the gradient where it is, as nothing is to be written to it
         grad.dtype in (compute, compute.to_complex())
         and scalars.grad_factor == 1
         and not scalars.l2
         and (not store_grad or scalars.unscale == 1)
     )
+    scratch: list[Tensor] = []
     for g_stored, *stored in _pieces([grad, *kept], PIECE_PER_THREAD * torch.get_num_threads()):
+        converted = [x for x in stored if x.dtype != compute]
         if not scratch:  # the first piece is the largest
-            needed = 1 + (not in_place) + sum(x.dtype != compute for x in stored)
+            needed = 1 + (not in_place) + len(converted)
             scratch = [torch.empty_like(g_stored, dtype=compute) for _ in range(needed)]
         elif len(scratch[0]) > len(g_stored):
             scratch = [x[: len(g_stored)] for x in scratch]
@@ -121,13 +136,16 @@ def adamw(
         g = g_stored if in_place else buffers.pop().copy_(g_stored)
         if store_grad:
             g_stored.copy_(torch.mul(g, scalars.unscale, out=d))
-        values = [x if x.dtype == compute else buffers.pop().copy_(x) for x in stored]
+        values = stored
+        if converted:
+            values = [x if x.dtype == compute else buffers.pop().copy_(x) for x in stored]
         p, m, v, *maximum = values
         old = None if measures is None else p.clone()
         adamw_update(p, g, m, v, maximum[0] if maximum else None, d, scalars)
-        for x, value in zip(stored, values, strict=True):
-            if value is not x:
-                x.copy_(value)
+        if converted:
+            for x, value in zip(stored, values, strict=True):
+                if value is not x:
+                    x.copy_(value)
         if measures is not None and old is not None:
             measure(_added(old, m, d, scalars), old, stored[0].to(compute), measures)
 
@@ -255,15 +273,14 @@ def sum_squares(grads: Iterable[Tensor]) -> Tensor:
     return torch.zeros(1, dtype=torch.float64) if total is None else total
 
 
-def _pieces(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+def _pieces(tensors: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
     """Dense tensors of one layout, cut alike into pieces of at most `size` reals."""
-    reals = [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
-    numel = reals[0].numel()
+    if tensors[0].is_complex() or tensors[1].is_complex():
+        tensors = [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
+    numel, shape = tensors[0].numel(), tensors[0].shape
     if not numel:
-        return
-    if numel <= size and all(x.shape == reals[0].shape for x in reals):
-        yield reals
-        return
-    lines = [x.as_strided((numel,), (1,)) for x in reals]
-    for start in range(0, numel, size):
-        yield [line[start : start + size] for line in lines]
+        return []
+    if numel <= size and all(x.shape == shape for x in tensors):
+        return [tensors]
+    lines = [x.as_strided((numel,), (1,)) for x in tensors]
+    return ([line[i : i + size] for line in lines] for i in range(0, numel, size))

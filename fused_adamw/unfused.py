@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,16 +42,20 @@ def run_reference(
         return
     for x in measures or ():
         x.zero_()
-    known: dict[tuple[int, float], reference.Scalars] = {}
-    for i, e in enumerate(entries):
-        grad = grads[e.place] if e.grad_copy is None else e.grad_copy
-        if grads[e.place] is None or grad is None:
-            continue
-        own = state[e.param] if e.param is e.local else local_state(state[e.param])
-        step = float(own["step"].add_(1))
-        if (e.group, step) not in known:
-            known[e.group, step] = reference.schedule(groups[e.group], step, scale, factor)
+    busy = [
+        (i, e, state[e.param] if e.param is e.local else local_state(state[e.param]))
+        for i, e in enumerate(entries)
+        if grads[e.place] is not None
+    ]
+    known: dict[tuple[int, float, torch.dtype], reference.Scalars] = {}
+    steps = _count([own["step"] for _, _, own in busy])
+    for (i, e, own), step in zip(busy, steps, strict=True):
         param = e.local if e.dense is None else e.dense
+        key = e.group, step, reference.arithmetic(param)
+        if key not in known:
+            known[key] = reference.schedule(groups[e.group], step, scale, factor, key[2])
+        grad = grads[e.place] if e.grad_copy is None else e.grad_copy
+        assert grad is not None, "those without are not in the list"
         measured = None
         if measures is not None:
             measures.counted[i] = param.numel() * (2 if param.is_complex() else 1)
@@ -63,7 +67,7 @@ def run_reference(
                 own["exp_avg"],
                 own["exp_avg_sq"],
                 own["max_exp_avg_sq"] if e.storage.amsgrad else None,
-                known[e.group, step],
+                known[key],
                 store_grad=asked.grad_scale is not None,
                 measures=measured,
             )
@@ -75,11 +79,20 @@ def run_reference(
             grad,
             own,
             e.storage,
-            known[e.group, step],
+            known[key],
             reference.Random(*keys, e.part),
             store_grad=asked.grad_scale is not None,
             measures=measured,
         )
+
+
+def _count(steps: list[Tensor]) -> Iterable[float]:
+    """Add 1 to each, and say what it is then."""
+    if len(set(map(id, steps))) < len(steps):  # a param that is listed twice is updated twice
+        return (float(x.add_(1)) for x in steps)
+    if steps:  # all at once, and of a tensor: a fifth of the time
+        torch._foreach_add_(steps, torch.ones((), device=steps[0].device))
+    return map(float, steps)
 
 
 def run_differentiable(group: dict[str, Any], state: State, step_dtype: torch.dtype) -> None:

@@ -370,7 +370,7 @@ def test_schedule_is_that_of_the_reference(
             t.W1: _one_sided(want.one_minus_beta1),
             t.W2: _one_sided(want.one_minus_beta2),
             t.RSQRT_BIAS2: want.rsqrt_bias2,
-            t.EPSILON: want.eps,
+            t.EPSILON: want.eps.item(),
             t.NEG_STEP_SIZE: want.neg_step_size,
             t.DECAY: want.decay,
             t.L2: want.l2,
