@@ -5,11 +5,10 @@ Each is done to ours and to torch.optim.AdamW, then both go on.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
 
+import changes
 import pytest
 import torch
 from torch import Tensor
@@ -35,134 +34,28 @@ from fused_adamw import FusedAdamW, plan
 each = pytest.mark.parametrize
 
 
-def _at_other_memory(o: Any, p: Tensor) -> None:
-    p.data = p.data.clone()
-
-
-def _other_dtype(o: Any, p: Tensor) -> None:
-    p.data = p.data.to(torch.float32)
-    for key in ("exp_avg", "exp_avg_sq"):
-        o.state[p][key] = o.state[p][key].to(torch.float32)
-
-
-def _other_shape(o: Any, p: Tensor) -> None:
-    p.grad = None
-    p.data = torch.ones(2, 7, dtype=p.dtype, device=p.device)
-    o.state.pop(p)
-
-
-def _other_layout(o: Any, p: Tensor) -> None:
-    p.grad = None
-    p.data = p.data.contiguous() if not p.is_contiguous() else p.data
-
-
-def _same_memory_transposed(o: Any, p: Tensor) -> None:
-    """The address stays, and the numel; the shape and what the elements mean do not."""
-    p.grad = None
-    p.data = p.data.t()
-    for key in ("exp_avg", "exp_avg_sq"):
-        o.state[p][key] = o.state[p][key].t()
-
-
-def _state_replaced(o: Any, p: Tensor) -> None:
-    """As RL trainers do, which move states to the CPU and back."""
-    for key, value in o.state[p].items():
-        o.state[p][key] = value.clone() * 0.5 if key != "step" else value.clone()
-
-
-def _state_swapped_through_data(o: Any, p: Tensor) -> None:
-    """The objects stay, their memory does not."""
-    for key, value in o.state[p].items():
-        value.data = value.data * 0.5 if key != "step" else torch.full_like(value, 5)
-
-
-def _states_swapped(o: Any, p: Tensor) -> None:
-    """The same objects under each other's keys; one is for a square root, so without a sign."""
-    state = o.state[p]
-    state["exp_avg"], state["exp_avg_sq"] = state["exp_avg_sq"], state["exp_avg"].abs_()
-
-
-def _state_written_in_place(o: Any, p: Tensor) -> None:
-    o.state[p]["exp_avg"].mul_(0.5)
-    o.state[p]["step"].fill_(7)
-
-
-def _step_replaced(o: Any, p: Tensor) -> None:
-    o.state[p]["step"] = torch.tensor(5.0)
-
-
-def _all_state_cleared(o: Any, p: Tensor) -> None:
-    o.state.clear()
-
-
-def _one_state_deleted(o: Any, p: Tensor) -> None:
-    del o.state[p]
-
-
-def _add_group(o: Any, p: Tensor) -> None:
-    torch.manual_seed(7)
-    o.add_param_group({"params": [Parameter(torch.randn(3, dtype=F64, device=p.device))], "lr": 1})
-
-
-def _loaded(o: Any, p: Tensor) -> None:
-    saved = copy.deepcopy(o.state_dict())
-    saved["param_groups"][0]["lr"] = 0.5
-    for state in saved["state"].values():
-        state["exp_avg"] *= 2
-    o.load_state_dict(saved)
-
-
-def _param_appended(o: Any, p: Tensor) -> None:
-    torch.manual_seed(7)
-    new = Parameter(torch.randn(4, dtype=F64, device=p.device))
-    o.param_groups[0]["params"].insert(1, new)
-
-
-def _param_removed(o: Any, p: Tensor) -> None:
-    del o.param_groups[0]["params"][1]
-
-
-def _params_reversed(o: Any, p: Tensor) -> None:
-    o.param_groups[0]["params"].reverse()
-
-
-def _param_moved_to_another_group(o: Any, p: Tensor) -> None:
-    other = o.param_groups[0]["params"].pop(1)
-    o.add_param_group({"params": [other], "lr": 0.5, "weight_decay": 0.0})
-
-
-def _param_object_replaced(o: Any, p: Tensor) -> None:
-    """Another Parameter over the same memory: torch's state belongs to the object, so it is new."""
-    params = o.param_groups[0]["params"]
-    params[next(i for i, x in enumerate(params) if x is p)] = Parameter(p.data)
-
-
-def _options_changed(o: Any, p: Tensor) -> None:
-    o.param_groups[0].update(lr=0.2, betas=(0.5, 0.7), eps=1e-3, weight_decay=0.3, maximize=True)
-
-
 STALE = {
-    f.__name__.strip("_"): f
+    f.__name__: f
     for f in (
-        _at_other_memory,
-        _other_shape,
-        _other_layout,
-        _same_memory_transposed,
-        _state_replaced,
-        _state_swapped_through_data,
-        _states_swapped,
-        _state_written_in_place,
-        _step_replaced,
-        _all_state_cleared,
-        _one_state_deleted,
-        _add_group,
-        _loaded,
-        _param_appended,
-        _param_removed,
-        _params_reversed,
-        _param_moved_to_another_group,
-        _param_object_replaced,
-        _options_changed,
+        changes.at_other_memory,
+        changes.other_shape,
+        changes.other_layout,
+        changes.same_memory_transposed,
+        changes.state_replaced,
+        changes.state_swapped_through_data,
+        changes.states_swapped,
+        changes.state_written_in_place,
+        changes.step_replaced,
+        changes.all_state_cleared,
+        changes.one_state_deleted,
+        changes.add_group,
+        changes.loaded,
+        changes.param_appended,
+        changes.param_removed,
+        changes.params_reversed,
+        changes.param_moved_to_another_group,
+        changes.param_object_replaced,
+        changes.options_changed,
     )
 }
 
@@ -191,7 +84,7 @@ def test_stale_dtype_of_param_and_state(device: torch.device, backend: str) -> N
     ours, theirs = beside_torch(device, backend)
     step_all(ours, theirs)
     for optimizer in (ours, theirs):
-        _other_dtype(optimizer, params_of(optimizer)[0])
+        changes.other_dtype(optimizer, params_of(optimizer)[0])
     go_on_alike(ours, theirs, tolerance=FLOAT32)
 
 
