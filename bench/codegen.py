@@ -259,7 +259,7 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
     else:
         code = _read_nvidia(launch.compiled.asm, narrow, count)
     cost = None
-    if case.kernel == "adamw" and len(case.signatures) == 1 and code.last_vector_store:
+    if count and case.kernel == "adamw" and len(case.signatures) == 1 and code.last_vector_store:
         cost = code.last_vector_store / per_thread
     names = {dtype: short for short, dtype in DTYPES.items()}
     return Report(
@@ -277,7 +277,7 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
         spills=code.spills,
         stack=code.stack,
         shared=launch.compiled.metadata.shared,
-        instructions=code.instructions,
+        instructions=code.instructions if count else None,
         instructions_per_element=cost,
         reciprocals=launch.compiled.asm.get("ptx", "").count("rcp.approx.ftz.f32"),
         loads=code.loads,
@@ -289,7 +289,7 @@ class _Code(NamedTuple):
     registers: int
     spills: int
     stack: int
-    instructions: int | None
+    instructions: int
     last_vector_store: int | None  # instructions up to it; the vector path comes first
     loads: dict[int, int]
     stores: dict[int, int]
@@ -311,7 +311,7 @@ def _read_nvidia(asm: dict[str, Any], narrow: bool, count: bool) -> _Code:
         registers=used["REG"],
         spills=sum(op.startswith(("LDL", "STL")) for op in code),
         stack=used["STACK"],
-        instructions=len(code) or None,
+        instructions=len(code),
         last_vector_store=_last(
             code,
             lambda op: op.startswith("STG") and op.endswith((".128", ".64") if narrow else ".128"),
@@ -393,7 +393,13 @@ def show(reports: Sequence[Report]) -> Table:
     table.add_column("stores")
     for r in reports:
         cost = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.0f}"
-        numbers = (r.registers, r.spills, r.stack, r.shared, r.instructions or "")
+        numbers = (
+            r.registers,
+            r.spills,
+            r.stack,
+            r.shared,
+            "" if r.instructions is None else r.instructions,
+        )
         row = (*map(str, numbers), cost, widths(r.loads), widths(r.stores))
         table.add_row(r.set, r.target, *row)
     return table

@@ -74,7 +74,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], A
     env = compiling(folder / "cache")
     others = (*SETS, *SCHEDULES, *NORMS, *STORED)
     others = tuple(name for name in others if name not in COUNTED)
-    jobs = [  # of about the same length, for two cores
+    jobs = [  # in pairs of about the same length, for two cores
         ("--no-count", ("sm_80", "sm_100"), others),
         ("--no-count", ("sm_90", "gfx942"), others),
         ("--count", ("sm_80", "sm_100"), COUNTED),
