@@ -393,13 +393,8 @@ def show(reports: Sequence[Report]) -> Table:
     table.add_column("stores")
     for r in reports:
         cost = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.0f}"
-        numbers = (
-            r.registers,
-            r.spills,
-            r.stack,
-            r.shared,
-            "" if r.instructions is None else r.instructions,
-        )
+        count = "" if r.instructions is None else r.instructions
+        numbers = (r.registers, r.spills, r.stack, r.shared, count)
         row = (*map(str, numbers), cost, widths(r.loads), widths(r.stores))
         table.add_row(r.set, r.target, *row)
     return table

@@ -115,3 +115,29 @@ def param_object_replaced(o: Any, p: Tensor) -> None:
 
 def options_changed(o: Any, p: Tensor) -> None:
     o.param_groups[0].update(lr=0.2, betas=(0.5, 0.7), eps=1e-3, weight_decay=0.3, maximize=True)
+
+
+CHANGES = {  # all but that of the dtype: what is equal to 1e-12 before is so after
+    f.__name__: f
+    for f in (
+        at_other_memory,
+        other_shape,
+        other_layout,
+        same_memory_transposed,
+        state_replaced,
+        state_swapped_through_data,
+        states_swapped,
+        state_written_in_place,
+        step_replaced,
+        all_state_cleared,
+        one_state_deleted,
+        add_group,
+        loaded,
+        param_appended,
+        param_removed,
+        params_reversed,
+        param_moved_to_another_group,
+        param_object_replaced,
+        options_changed,
+    )
+}

@@ -72,8 +72,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], A
     """(set, target) -> what bench/codegen.py says of it."""
     folder = tmp_path_factory.mktemp("codegen")
     env = compiling(folder / "cache")
-    others = (*SETS, *SCHEDULES, *NORMS, *STORED)
-    others = tuple(name for name in others if name not in COUNTED)
+    others = [x for x in (*SETS, *SCHEDULES, *NORMS, *STORED) if x not in COUNTED]
     jobs = [  # in pairs of about the same length, for two cores
         ("--no-count", ("sm_80", "sm_100"), others),
         ("--no-count", ("sm_90", "gfx942"), others),

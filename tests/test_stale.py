@@ -34,33 +34,7 @@ from fused_adamw import FusedAdamW, plan
 each = pytest.mark.parametrize
 
 
-STALE = {
-    f.__name__: f
-    for f in (
-        changes.at_other_memory,
-        changes.other_shape,
-        changes.other_layout,
-        changes.same_memory_transposed,
-        changes.state_replaced,
-        changes.state_swapped_through_data,
-        changes.states_swapped,
-        changes.state_written_in_place,
-        changes.step_replaced,
-        changes.all_state_cleared,
-        changes.one_state_deleted,
-        changes.add_group,
-        changes.loaded,
-        changes.param_appended,
-        changes.param_removed,
-        changes.params_reversed,
-        changes.param_moved_to_another_group,
-        changes.param_object_replaced,
-        changes.options_changed,
-    )
-}
-
-
-@each("change", STALE.values(), ids=STALE)
+@each("change", changes.CHANGES.values(), ids=changes.CHANGES)
 @each("which, absent", [(0, None), (0, 2), (1, None)], ids=["", "one_idle", "second_part"])
 def test_stale(
     device: torch.device,
