@@ -97,6 +97,8 @@ class Entrant:
         """Build it and take its first steps: compile, allocate, and see what that took."""
         before = device.allocated()
         optimizer = provider.build([dict(group) for group in groups])
+        # a compiled step would be compiled again for each lr
+        self.scheduled = [] if provider.compiled else optimizer.param_groups
         self.step: Callable[[], object] = optimizer.step
         if provider.step is not None:
             self.step = functools.partial(provider.step, optimizer)
@@ -123,9 +125,15 @@ class Entrant:
             grads.move_one()
             line.launches, line.copies = count_launches(self.step)
 
+    def prepare(self, grads: Gradients) -> None:
+        """New gradients, and another lr, as a scheduler gives in every step."""
+        grads.refresh()
+        for group in self.scheduled:
+            group["lr"] *= 0.999
+
     def time(self, device: Device, grads: Gradients, line: Line) -> None:
         """One round."""
-        grads.refresh()
+        self.prepare(grads)
         device.flush()
         device.synchronize()
         start = time.perf_counter()
@@ -135,7 +143,7 @@ class Entrant:
         line.wall.append((time.perf_counter() - start) * 1e6)
         if device.cuda:
             line.host.append((returned - start) * 1e6)
-            grads.refresh()
+            self.prepare(grads)
             device.flush(1.5 * (returned - start))
             line.gpu.append(device.time(self.step) * 1e6)
 
