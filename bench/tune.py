@@ -80,6 +80,8 @@ class Candidate(NamedTuple):
         p = own._replace(**self.changes)
         if lanes != 32:  # caps have no effect there
             p = p._replace(**{key: getattr(own, key) for key in p._fields if "maxnreg" in key})
+        if lanes != 32 or int(target.removeprefix("sm_")) < 90:  # nor prefetches in bulk
+            p = p._replace(prefetch=own.prefetch)
         if "num_warps" in self.changes:
             return p
         return p._replace(num_warps=max(1, p.block // (PER_THREAD * lanes)))
@@ -99,24 +101,28 @@ CANDIDATES = (
     Candidate("loop-8", {"blocks_per_program": 8}, "for 8: is there an end to the gain?"),
     Candidate(
         "loop-4-free",
-        {"blocks_per_program": 4, "maxnreg": 0},
+        {"blocks_per_program": 4, **codegen.FREE},
         "a loop wants more registers than the cap allows: does it matter?",
     ),
     Candidate(
         "loop-4-of-512", {"block": 512, "blocks_per_program": 4}, "small blocks, few look-ups"
     ),
-    Candidate(
-        "regs-free", {"maxnreg": 0}, "several dtypes as ptxas likes them: is the cap needed?"
-    ),
+    Candidate("regs-free", codegen.FREE, "several dtypes as ptxas likes them: is the cap needed?"),
     Candidate("regs-56", {"maxnreg": 56}, "9 programs a multiprocessor, not 8: more in flight"),
     Candidate("regs-48", {"maxnreg": 48}, "10 programs"),
+    Candidate("one-56", {"maxnreg_one": 56}, "one dtype: 9 programs, where ptxas would take more"),
     Candidate("int8-72", {"maxnreg_int8": 72}, "8-bit moments: 7 programs, not 6"),
     Candidate("int8-64", {"maxnreg_int8": 64}, "8: worth more instructions, and spills in tails?"),
     Candidate("random-64", {"maxnreg_random": 64}, "stochastic rounding: 8 programs, not 7"),
     Candidate(
-        "exact", {"exact": True, "maxnreg": 0}, "IEEE division and root: are the instructions free?"
+        "exact",
+        {"exact": True, **codegen.FREE},
+        "IEEE division and root: are the instructions free?",
     ),
     Candidate("exact-64", {"exact": True}, "the same, held to 8 programs"),
+    Candidate("prefetch-0", {"prefetch": 0}, "is it worth its instructions?"),
+    Candidate("prefetch-4096", {"prefetch": 4096}, "nearer: less of the cache is taken"),
+    Candidate("prefetch-8192", {"prefetch": 8192}, "farther: is it there in time?"),
     Candidate("load-cg", {"load_cache": ".cg"}, "past L1: nothing is read twice"),
     Candidate("load-cs", {"load_cache": ".cs"}, "read lines leave first (refused by Triton 3.6)"),
     Candidate("store-cs", {"store_cache": ".cs"}, "written lines leave first: no one reads them"),

@@ -41,6 +41,7 @@ from .columns import (
 )
 from .front import Call, Front
 from .launch_parameters import LaunchParameters
+from .prefetch import _prefetch_ahead
 
 _PARAM = tl.constexpr(t.PARAM)
 _EXP_AVG = tl.constexpr(t.EXP_AVG)
@@ -254,6 +255,7 @@ def _block(
     start,  # of the block, in elements of the tensor
     first,  # the part of the block to update: [first, last)
     last,
+    later,  # where to look up what to prefetch: prefetch.py
     PARAM: tl.constexpr,  # storage dtypes
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
@@ -270,6 +272,7 @@ def _block(
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
+    PREFETCHED: tl.constexpr,  # elements of a program, if some are to be prefetched, else 0
 ):
     """Update part of a block; its measures, which are 0 where they are not wanted."""
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
@@ -311,6 +314,9 @@ def _block(
             v_max_at, v_max_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, LOAD_CACHE,
             EVICTION,
         )  # fmt: skip
+
+    if ALIGNED and PREFETCHED > 0:  # behind the program's own loads
+        _prefetch_ahead(tensor, later, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, PREFETCHED)
 
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
         unscaled = (g * tl.load(scalars + UNSCALE)).to(GRAD)
@@ -378,19 +384,15 @@ def _block(
 
 @triton.jit
 def _dispatch(
-    tensor, grad, scalars, scalars64, index, start, numel,
+    tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
     SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
     ARITHMETIC: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
-    EVICTION: tl.constexpr,
+    EVICTION: tl.constexpr, PREFETCHED: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
     measures = tl.zeros([MEASURES], tl.float32)
-    addresses = tl.load(tensor + _PARAM) | tl.load(tensor + _EXP_AVG) | grad
-    addresses |= tl.load(tensor + _EXP_AVG_SQ) | tl.load(tensor + _MAX_EXP_AVG_SQ)
-    addresses |= tl.load(tensor + _MASTER)
     size = tl.minimum(numel - start, BLOCK).to(tl.int32)
     aligned = addresses % 16 == 0
-    signature = tl.load(tensor + _SIGNATURE)
     for i in tl.static_range(len(SIGNATURES)):
         if signature == i:
             # Elements before `vectors` go in 128-bit accesses; the bound is a multiple of the
@@ -412,22 +414,24 @@ def _dispatch(
                 row = scalars + index * SCALARS
             if vectors > 0:
                 measures += _block(
-                    tensor, grad, row, start, 0, vectors,
+                    tensor, grad, row, start, 0, vectors, later,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
                     STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    PREFETCHED,
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
-                    tensor, grad, row, start, vectors, size,
+                    tensor, grad, row, start, vectors, size, later,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
                     STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    PREFETCHED,
                 )  # fmt: skip
     return measures
 
 
-@triton.jit(do_not_specialize=["n_groups", "n_tensors", "chunk_shift"])
+@triton.jit(do_not_specialize=["n_groups", "n_tensors", "chunk_shift", "ahead"])
 def _adamw(
     words,  # int64 [n_words]: see table.py
     scalars,  # float32 [n_tensors, SCALARS]
@@ -436,6 +440,7 @@ def _adamw(
     n_groups,
     n_tensors,
     chunk_shift,  # log2 of the blocks in a chunk: a division would cost 2 instructions an element
+    ahead,  # programs between those that prefetch and those that read
     SIGNATURES: tl.constexpr,  # t.Signature as a tuple, in Triton's dtypes
     STORE_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -444,6 +449,7 @@ def _adamw(
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     grads = words + n_groups * GROUP_WORDS
     tensors = grads + n_tensors
@@ -458,15 +464,21 @@ def _adamw(
     numel = tl.load(tensor + _NUMEL)
     grad = tl.load(grads + index)
     active = tl.load(scalars + index * SCALARS + ACTIVE)
+    addresses = tl.load(tensor + _PARAM) | tl.load(tensor + _EXP_AVG) | grad
+    addresses |= tl.load(tensor + _EXP_AVG_SQ) | tl.load(tensor + _MAX_EXP_AVG_SQ)
+    addresses |= tl.load(tensor + _MASTER)
+    signature = tl.load(tensor + _SIGNATURE)
     if (start >= numel) | (grad == 0) | (active == 0):
         return
 
+    later = grads, tensors, scalars, chunks, program, ahead, chunk_shift
     measures = tl.zeros([MEASURES], tl.float32)
     for _ in range(BLOCKS):
         if start < numel:
             measures += _dispatch(
-                tensor, grad, scalars, scalars64, index, start, numel, SIGNATURES, STORE_GRAD,
-                rows is not None, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
+                tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
+                SIGNATURES, STORE_GRAD, rows is not None, BLOCK, ARITHMETIC, LOAD_CACHE,
+                STORE_CACHE, EVICTION, BLOCKS * BLOCK if PREFETCH else 0,
             )  # fmt: skip
         start += BLOCK
     if rows is not None:
@@ -487,6 +499,10 @@ def _arithmetic(parameters: LaunchParameters, device: torch.device) -> tl.conste
     return _RECIPROCAL if _is_nvidia(device) else _HARDWARE
 
 
+def _prefetches(table: t.Table, device: torch.device) -> bool:
+    return table.ahead > 0 and _is_nvidia(device)
+
+
 def _is_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
@@ -500,16 +516,17 @@ def launch_options(
     take more, and does without (it spills, if anything, in the path of a tensor's last elements)
     where it is told to; kernels that store gradients or measure do spill then. What that gains is
     measured by bench/tune.py, and for all but a launch of several dtypes on H200s alone. Masters
-    with other moments than 8-bit ones take 64 as it is.
+    with other moments than 8-bit ones take 64 as it is, unless there is code that prefetches.
     """
     tuned, signatures = table.parameters, table.signatures
     cap = 0
     if any(s.quantised for s in signatures):
         cap = tuned.maxnreg_int8
-    elif not any(s.master is not None for s in signatures):
+    elif table.ahead or not any(s.master is not None for s in signatures):
         several = len({dtype for s in signatures for dtype in s[:4]}) > 1
         stochastic = any(s.stochastic for s in signatures)
-        cap = tuned.maxnreg if several else tuned.maxnreg_random * stochastic
+        one = tuned.maxnreg_random if stochastic else tuned.maxnreg_one
+        cap = tuned.maxnreg if several else one
     wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
     options = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
     return {**options, "maxnreg": cap} if cap and _is_nvidia(device) and not wide else options
@@ -552,6 +569,7 @@ def _arguments(table: t.Table, memory: t.Memory, rows: Tensor | None) -> tuple[o
         table.n_groups,
         table.n_tensors,
         table.blocks_per_chunk.bit_length() - 1,
+        table.ahead,
     )
 
 
@@ -566,5 +584,6 @@ def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | Non
         "LOAD_CACHE": tuned.load_cache,
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,
+        "PREFETCH": _prefetches(table, memory.words.device),
     }
     return Call(constants, launch_options(table, memory.words.device, store_grad, rows is not None))

@@ -23,12 +23,14 @@ class LaunchParameters(NamedTuple):
     num_warps: int = 4  # of 32 lanes; AMD's have 64
     blocks_per_program: int = 1  # one after the other
     maxnreg: int = 64  # on NVIDIA, for several dtypes in one launch; 0 leaves it to ptxas
-    maxnreg_random: int = 0  # the same for stochastic rounding alone
-    maxnreg_int8: int = 0  # and for 8-bit moments
+    maxnreg_one: int = 0  # the same for a single dtype
+    maxnreg_random: int = 0  # for stochastic rounding alone
+    maxnreg_int8: int = 0  # for 8-bit moments
     exact: bool = False  # IEEE division and square root in float32, else 2 ULP off at most
     load_cache: str = ""  # PTX cache operators: "", ".ca", ".cg"
     store_cache: str = ""  # "", ".wb", ".cg", ".cs", ".wt"
     eviction: str = ""  # of both: "", "evict_first", "evict_last"
+    prefetch: int = 0  # KiB of elements between their prefetch into L2 and their use; 0: none
 
     @property
     def elements(self) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ FLAGS = 8  # bit 0 maximize, bit 1 decoupled, then 2 bits of dtype code for lr, 
 MAX_NORM = 9  # float64 bits; of all gradients, so every group has the same; infinity: no clipping
 SEED = 10
 GROUP_WORDS = 11
+GROUP_ROW = struct.Struct("=5d 3q q d q")  # all of these, in their order
 MAXIMIZE, DECOUPLED, CODES_SHIFT = 1, 2, 2
 SCALAR_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -92,6 +94,10 @@ UNSIGNED_LARGEST = (254 << 23) - UNSIGNED_CARRY - 1
 RANDOM_GROUP = 8
 RANDOM_MULTIPLIER = 0x25D88DFD
 
+# What kernels/prefetch.py asks for at once, in blocks, and the bytes that an element's loads have
+# where enough are under way as it is (float32's): of those only the table is prefetched.
+PREFETCH_UNIT, PLENTY = 8, 16
+
 EMPTY_GRAD = 1  # stands for the address of a gradient without elements: present, never read
 
 
@@ -127,6 +133,11 @@ class Signature(NamedTuple):
             kept += self.master.itemsize
         return 2 * kept + self.grad.itemsize
 
+    @property
+    def bytes_read(self) -> float:
+        """The part of these that is read."""
+        return (self.bytes_per_element + self.grad.itemsize) / 2
+
 
 class Row(NamedTuple):
     """One tensor, as the table wants it: addresses, element count, group, formats."""
@@ -161,6 +172,7 @@ class Table:
     n_groups: int
     n_tensors: int
     blocks_per_chunk: int  # a power of two
+    ahead: int  # programs between a prefetch and the use; 0: nothing is prefetched
     n_programs: int
     signatures: tuple[Signature, ...]  # sorted: the kernel is specialised on them
     parameters: LaunchParameters
@@ -213,6 +225,21 @@ def plan_chunks(numels: Words, block: int = BLOCK, chunks: int = CHUNKS) -> tupl
     return tensor | (within * per_chunk) << 32, per_chunk
 
 
+def programs_ahead(
+    tensors: Words, signatures: Sequence[Signature], parameters: LaunchParameters, of_chunk: int
+) -> int:
+    """How many programs read as much as is to be prefetched: those of whole chunks, one at least.
+
+    So the first of a chunk, which always has elements, is asked for by the first of another.
+    """
+    numels = tensors[:, NUMEL]
+    if not parameters.prefetch or not numels.any():
+        return 0
+    read = np.array([s.bytes_read for s in signatures])[tensors[:, SIGNATURE]]
+    of_program = float(np.average(read, weights=numels)) * parameters.elements
+    return of_chunk * max(1, round(parameters.prefetch * 1024 / of_program / of_chunk))
+
+
 def build(
     rows: Sequence[Row],
     grads: Words,
@@ -235,6 +262,7 @@ def build(
         n_groups=n_groups,
         n_tensors=len(rows),
         blocks_per_chunk=blocks_per_chunk,
+        ahead=programs_ahead(tensors, signatures, parameters, blocks_per_chunk),
         n_programs=len(chunks) * blocks_per_chunk,
         signatures=signatures,
         parameters=parameters,

@@ -180,6 +180,8 @@ def check_spills(report: Any) -> None:
     some = capped and (report["set"] not in SETS or not triton.__version__.startswith("3.6."))
     if triton.__version__.startswith("3.8."):  # once a program, though nothing caps it
         some |= (report["set"], report["target"]) == ("schedule-fp64-scaled", "sm_90")
+    if not triton.__version__.startswith("3.6."):  # with 3.9 the same, though one dtype is capped
+        some |= (report["set"], report["target"]) == ("fp32-amsgrad", "sm_90")
     some |= "looped-measured" in report["set"]  # which nobody launches: with 3.6, on sm_90
     if some:
         assert report["stack"] <= 16

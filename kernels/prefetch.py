@@ -1,0 +1,136 @@
+"""Asking L2 for what programs will read some microseconds from now, so that they need not wait.
+
+A program looks up its chunk, then its tensor's row, then loads its elements, and waits for memory
+each time: until a tensor's turn comes, elements have driven its row out of the cache, and where an
+element has few bytes, too few are under way to cover the time that they take. So one thread of one
+program in eight asks for what comes later, behind its own loads: elements, at twice the distance
+the words that lead to them, at three times the list of chunks. No bit of any result depends on it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import table as t
+from .columns import SCALARS, TENSOR_WORDS
+
+_PARAM = tl.constexpr(t.PARAM)
+_EXP_AVG = tl.constexpr(t.EXP_AVG)
+_EXP_AVG_SQ = tl.constexpr(t.EXP_AVG_SQ)
+_NUMEL = tl.constexpr(t.NUMEL)
+_SIGNATURE = tl.constexpr(t.SIGNATURE)
+_MASTER = tl.constexpr(t.MASTER)
+_EXP_AVG_SCALE = tl.constexpr(t.EXP_AVG_SCALE)
+_EXP_AVG_SQ_SCALE = tl.constexpr(t.EXP_AVG_SQ_SCALE)
+_QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
+_UNIT_SHIFT = tl.constexpr(t.PREFETCH_UNIT.bit_length() - 1)
+_PLENTY = tl.constexpr(t.PLENTY)
+
+
+@triton.jit
+def _is_first_thread():
+    """Whether this is the program's first thread: a condition that splits a warp."""
+    thread = tl.inline_asm_elementwise(
+        "mov.u32 $0, %tid.x;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return thread == 0
+
+
+@triton.jit
+def _prefetch(begin, end):
+    """Whole 16 bytes, the unit of the instruction, between two addresses."""
+    begin, end = begin & -16, end & -16
+    tl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
+        " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [begin, (end - begin).to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _prefetch_words(at, BYTES: tl.constexpr):
+    """Of the table, or of the scalars; to the end of the last 16 bytes, which is theirs."""
+    begin = at.to(tl.int64, bitcast=True)
+    _prefetch(begin, begin + BYTES + 15)
+
+
+@triton.jit
+def _prefetch_elements(address, start, size, DTYPE: tl.constexpr):
+    item: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    _prefetch(address + start * item, address + (start + size) * item)
+
+
+@triton.jit
+def _prefetch_moment(
+    tensor, start, size, AT: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr
+):
+    _prefetch_elements(tl.load(tensor + AT), start, size, DTYPE)
+    if DTYPE == tl.uint8:
+        exponents = tl.load(tensor + SCALE)
+        _prefetch_elements(exponents, start // _QUANT_BLOCK, size // _QUANT_BLOCK, tl.uint8)
+
+
+@triton.jit
+def _prefetch_tables(later):
+    """The list of chunks at three times the distance, and at twice a tensor that begins there."""
+    grads, tensors, scalars, chunks, program, ahead, chunk_shift = later
+    last = tl.num_programs(0) - 1
+    _prefetch_words(chunks + (tl.minimum(program + 3 * ahead, last) >> chunk_shift), 8)
+    chunk = tl.load(chunks + (tl.minimum(program + 2 * ahead, last) >> chunk_shift))
+    if chunk >> 32 == 0:
+        index = chunk & 0xFFFFFFFF
+        _prefetch_words(tensors + index * TENSOR_WORDS, TENSOR_WORDS * 8)
+        _prefetch_words(grads + index, 8)
+        _prefetch_words(scalars + index * SCALARS, SCALARS * 4)
+
+
+@triton.jit
+def _prefetch_unit(
+    own, later, PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr, MASTER: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """The elements of a unit of programs, where they have the signature of this program's own."""
+    grads, tensors, _, chunks, program, ahead, chunk_shift = later
+    program = tl.minimum(program + ahead, tl.num_programs(0) - 1)
+    item = program >> chunk_shift
+    chunk = tl.load(chunks + item)
+    index = chunk & 0xFFFFFFFF
+    start = ((chunk >> 32) + (program - (item << chunk_shift))) * ELEMENTS
+    tensor = tensors + index * TENSOR_WORDS
+    size = ELEMENTS << tl.minimum(chunk_shift, _UNIT_SHIFT)
+    size = tl.minimum(tl.load(tensor + _NUMEL) - start, size)  # negative past the end
+    grad = tl.load(grads + index)
+    if (grad != 0) & (tl.load(tensor + _SIGNATURE) == tl.load(own + _SIGNATURE)):
+        _prefetch_elements(tl.load(tensor + _PARAM), start, size, PARAM)
+        _prefetch_elements(grad, start, size, GRAD)
+        _prefetch_moment(tensor, start, size, _EXP_AVG, _EXP_AVG_SCALE, EXP_AVG)
+        _prefetch_moment(tensor, start, size, _EXP_AVG_SQ, _EXP_AVG_SQ_SCALE, EXP_AVG_SQ)
+        if MASTER != tl.int1:
+            _prefetch_elements(tl.load(tensor + _MASTER), start, size, MASTER)
+
+
+@triton.jit
+def _prefetch_ahead(
+    own,  # the row of this program's tensor
+    later,  # grads, tensors, scalars, chunks, program, ahead, chunk_shift: as _adamw has them
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    MASTER: tl.constexpr,
+    ELEMENTS: tl.constexpr,  # of a program
+):
+    """Ask for what the programs from `program + ahead` on will read."""
+    moments: tl.constexpr = EXP_AVG.primitive_bitwidth + EXP_AVG_SQ.primitive_bitwidth
+    read: tl.constexpr = PARAM.primitive_bitwidth + GRAD.primitive_bitwidth + moments
+    _, _, _, _, program, _, chunk_shift = later
+    if program & ((1 << tl.minimum(chunk_shift, _UNIT_SHIFT)) - 1) == 0:  # noqa: SIM102  # for all threads
+        if _is_first_thread():
+            _prefetch_tables(later)
+            if read < 8 * _PLENTY:
+                _prefetch_unit(own, later, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, ELEMENTS)

@@ -1,0 +1,170 @@
+"""kernels/prefetch.py: what is asked for lies where it will be read, and nowhere else.
+
+The instruction itself is NVIDIA's: the interpreter notes what it would be given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from truth import same_bits
+
+from fused_adamw import FusedAdamW
+from fused_adamw import plan as planning
+from fused_adamw.kernels import table as t
+from fused_adamw.kernels.launch_parameters import LaunchParameters
+from fused_adamw.launch import load_kernels
+
+BLOCK = 64
+SIZES = 40 * BLOCK, 3, 17 * BLOCK + 5, 8 * BLOCK, 2 * BLOCK
+OPTIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {},
+    "int8": {"state_dtype": "int8"},
+    "master": {"master_weights": True, "state_dtype": torch.float32},
+}
+
+
+def make(name: str) -> tuple[list[Parameter], FusedAdamW]:
+    """Params with gradients, and their optimizer."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if name == "float32" else torch.bfloat16
+    params = [Parameter(torch.randn(n).to(dtype)) for n in SIZES]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params, FusedAdamW(params, backend="triton", **OPTIONS[name])
+
+
+class Noted:
+    """One step, and what was prefetched in it."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, optimizer: FusedAdamW, per_chunk: int
+    ) -> None:
+        self.asked: list[tuple[int, int]] = []
+        adamw = load_kernels(torch.device("cpu")).adamw
+        module = adamw._prefetch_ahead.fn.__globals__
+
+        def note(begin: Any, end: Any) -> None:
+            self.asked.append((begin.handle.data.item(), end.handle.data.item()))
+
+        chunks = sum(-(-n // BLOCK) for n in SIZES) // per_chunk
+        plan_chunks, own = t.plan_chunks, LaunchParameters(block=BLOCK, num_warps=1, prefetch=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(t, "CHUNKS_PER_TENSOR", 1)
+            patch.setattr(
+                t, "plan_chunks", lambda numels, block: plan_chunks(numels, block, chunks)
+            )
+            patch.setattr(planning, "launch_parameters", lambda _: own)
+            patch.setattr(adamw, "_prefetches", lambda table, _: table.ahead > 0)
+            patch.setitem(module, "_prefetch", note)
+            patch.setitem(module, "_is_first_thread", lambda: True)
+            optimizer._plan = None  # it may be one without prefetches
+            optimizer.step()
+        assert optimizer._plan is not None
+        (self.table,) = optimizer._plan.tables.values()
+        (launcher,) = optimizer._launchers.values()
+        self.words, self.scalars, _ = launcher._memory
+        assert self.table.blocks_per_chunk == per_chunk
+
+    def of(self, x: Tensor) -> npt.NDArray[np.bool_]:
+        """Whether each byte of a tensor was asked for."""
+        found = np.zeros(x.nbytes, dtype=bool)
+        for begin, end in self.asked:
+            begin, end = begin - x.data_ptr(), end - x.data_ptr()
+            found[max(0, begin) : max(0, end)] = True
+        return found
+
+
+def streams(optimizer: FusedAdamW, p: Tensor) -> list[Tensor]:
+    """All that a step reads for the elements of a param."""
+    states = (x for key, x in optimizer.state[p].items() if key != "step")
+    return [x for x in (p, p.grad, *states) if x is not None]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("notes what the interpreter is given")
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2, 16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_later_programs_read_is_asked_for(
+    name: str, per_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, optimizer = make(name)
+    noted = Noted(monkeypatch, optimizer, per_chunk)
+    table, ahead = noted.table, noted.table.ahead
+    assert ahead % per_chunk == 0
+    assert 0 < 3 * ahead < table.n_programs
+
+    def block_of(program: int) -> tuple[int, int]:
+        chunk = int(table.chunks[program // per_chunk])
+        return chunk & 0xFFFFFFFF, (chunk >> 32) + program % per_chunk
+
+    def is_asked_for(program: int, times: int) -> bool:
+        """Where the program that is to ask, the first of a unit, has vectors of its own."""
+        program -= times * ahead
+        tensor, block = block_of(program - program % min(per_chunk, t.PREFETCH_UNIT))
+        return program >= 0 and (block + 1) * BLOCK <= SIZES[tensor]
+
+    # elements, but for float32, of which enough are under way; exponents in whole 16 bytes alone
+    found = {id(x): noted.of(x) for p in params for x in streams(optimizer, p)}
+    if name == "float32":
+        assert not any(x.any() for x in found.values())
+    else:
+        for program in (x for x in range(table.n_programs) if is_asked_for(x, 1)):
+            tensor, block = block_of(program)
+            begin, end = block * BLOCK, min((block + 1) * BLOCK, SIZES[tensor])
+            for x in streams(optimizer, params[tensor]):
+                if x.numel() == SIZES[tensor] and begin < end:
+                    asked = found[id(x)][begin * x.itemsize : end * x.itemsize]
+                    assert asked.all(), (program, x.dtype)
+
+    # tables: the rows of tensors, and the list of chunks
+    grads = noted.words[table.n_groups * t.GROUP_WORDS :]
+    tensors = grads[table.n_tensors :]
+    chunks = tensors[table.n_tensors * t.TENSOR_WORDS :]
+    for item, chunk in enumerate(table.chunks):
+        if is_asked_for(item * per_chunk, 3):
+            assert noted.of(chunks[item : item + 1]).all()
+        if is_asked_for(item * per_chunk, 2) and chunk >> 32 == 0:
+            row = tensors[chunk * t.TENSOR_WORDS : (chunk + 1) * t.TENSOR_WORDS]
+            for x in row, grads[chunk : chunk + 1], noted.scalars[chunk]:
+                assert noted.of(x).all()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nothing_else_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the end of its memory an address may belong to no one. Words: whole 16 bytes."""
+    params, optimizer = make(name)
+    optimizer.step()
+    params[2].grad = None  # its address is 0 then
+    noted = Noted(monkeypatch, optimizer, 2)
+    elements = [x for p in params for x in streams(optimizer, p)]
+    for begin, end in noted.asked:
+        assert any(
+            x.data_ptr() <= begin and end <= x.data_ptr() + x.nbytes + more
+            for more, xs in ((0, elements), (15, [noted.words, noted.scalars]))
+            for x in xs
+        ) or (end <= begin)
+    assert not any(noted.of(x).any() for x in streams(optimizer, params[2]))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_bit_depends_on_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer = make(name)
+    Noted(monkeypatch, optimizer, 2)
+    others, other = make(name)
+    other.step()
+    for p, q in zip(params, others, strict=True):
+        assert same_bits(p, q)
+        for key, x in other.state[q].items():
+            assert same_bits(optimizer.state[p][key], x), key
