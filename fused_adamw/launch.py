@@ -126,28 +126,35 @@ def group_rows(
     A tensor on a device stays there: the kernel reads it, so that no one waits for it and a
     captured graph follows it. One on the CPU is read here, and frozen in a graph as floats are.
     """
-    words = np.zeros((len(groups), t.GROUP_WORDS), dtype=np.int64)
-    values = words.view(np.float64)
-    alive = []
-    for row, value, group in zip(words, values, groups, strict=True):
-        flags = t.MAXIMIZE * bool(group["maximize"])
-        flags |= t.DECOUPLED * bool(group["decoupled_weight_decay"])
-        value[t.EPS], value[t.WEIGHT_DECAY] = group["eps"], group["weight_decay"]
-        row[t.SEED] = group.get("seed", 0)
-        value[t.MAX_NORM] = math.inf if max_norm is None else max_norm
-        for i, x in enumerate((group["lr"], *group["betas"])):
-            if isinstance(x, Tensor) and (x.device == device or x.device.type != "cpu"):
-                dtype = x.dtype if x.dtype in t.SCALAR_CODES else torch.float64
-                scalar = x.detach().to(device, dtype, non_blocking=True)
-                row[t.LR_AT + i] = scalar.data_ptr()
-                flags |= t.SCALAR_CODES[dtype] << (t.CODES_SHIFT + 2 * i)
-                alive.append(scalar)
-            else:
-                value[t.LR + i] = float(x.detach() if isinstance(x, Tensor) else x)
-        row[t.FLAGS] = flags
-    eps = values[:, t.EPS]
-    exact = bool((((eps > 0) & (eps < 2.0**-126)) | (eps > 2.0**125)).any())
-    return GroupRows(t.frozen(words.ravel()), alive, exact)
+    norm = math.inf if max_norm is None else max_norm
+    rows: list[bytes] = []
+    alive: list[Tensor] = []
+    exact = False
+    for group in groups:  # as few calls as can be: schedulers change the rows in every step
+        flags = t.MAXIMIZE if group["maximize"] else 0
+        if group["decoupled_weight_decay"]:
+            flags |= t.DECOUPLED
+        values, addresses = [group["lr"], *group["betas"]], [0, 0, 0]
+        for i, x in enumerate(tuple(values)):
+            if isinstance(x, Tensor):
+                values[i], addresses[i], code = _scalar(x, device, alive)
+                flags |= code << (t.CODES_SHIFT + 2 * i)
+        values += float(group["eps"]), float(group["weight_decay"])
+        exact |= 0 < values[t.EPS] < 2.0**-126 or values[t.EPS] > 2.0**125
+        rest = flags, norm, group.get("seed", 0)
+        rows.append(t.GROUP_ROW.pack(*values, *addresses, *rest))
+    words = np.frombuffer(b"".join(rows), dtype=np.int64)  # read-only
+    return GroupRows(words, alive, exact)
+
+
+def _scalar(x: Tensor, device: torch.device, alive: list[Tensor]) -> tuple[float, int, int]:
+    """Value, address and dtype code of a hyper-parameter: one of the first two, the other 0."""
+    if x.device != device and x.device.type == "cpu":
+        return float(x.detach()), 0, 0
+    dtype = x.dtype if x.dtype in t.SCALAR_CODES else torch.float64
+    scalar = x.detach().to(device, dtype, non_blocking=True)
+    alive.append(scalar)
+    return 0.0, scalar.data_ptr(), t.SCALAR_CODES[dtype]
 
 
 class Launcher:
@@ -166,7 +173,7 @@ class Launcher:
         self._memory: t.Memory | None = None
         self._uploaded: t.Table | None = None
         self._reserve: tuple[t.Memory, Tensor] | None = None
-        self._reserved_for: t.Table | None = None
+        self._reserved_for: t.Words | None = None  # of the table: others of its words may change
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
         self._given: t.Table | None = None  # as the plan has it
         self._whole: t.Table | None = None  # with its groups, and with what these ask for
@@ -193,13 +200,16 @@ class Launcher:
                 launched the kernels that are asked for: compiling and loading them would break
                 the capture.
         """
-        if groups.words is not self._groups and not np.array_equal(groups.words, self._groups):
+        uploaded = self._groups
+        if groups.words is not uploaded and groups.words.tobytes() != uploaded.tobytes():
             self._groups = groups.words
         whole = self._whole
         if whole is None or table is not self._given or whole.groups is not self._groups:
             tuned = table.parameters
             if groups.exact:
-                tuned = tuned._replace(exact=True, maxnreg=0, maxnreg_random=0, maxnreg_int8=0)
+                tuned = tuned._replace(
+                    exact=True, maxnreg=0, maxnreg_one=0, maxnreg_random=0, maxnreg_int8=0
+                )
             whole = dataclasses.replace(table, groups=self._groups, parameters=tuned)
             self._given, self._whole = table, whole
         table = whole
@@ -219,7 +229,7 @@ class Launcher:
                 "subnormal or above 2^125), and its kernels would be compiled inside the capture. "
                 "Run one step() with the same options outside the capture."
             )
-        if not capturing and (table is not self._reserved_for or self._reserve is None):
+        if not capturing and (table.rest is not self._reserved_for or self._reserve is None):
             with current(self.device):
                 self._reserve_memory(table)
         if not known:
@@ -293,7 +303,7 @@ class Launcher:
             self._memory, self._uploaded = t.allocate(table, self.device), None
         if self._reserve is None or not self._reserve[0].fits(table):
             self._reserve = t.allocate(table, self.device), self._host(table.n_words)
-        self._reserved_for = table
+        self._reserved_for = table.rest
 
     def _upload(self, table: t.Table, kept: Iterable[Tensor]) -> t.Memory:
         """Eager: at most one asynchronous copy, of what has moved."""

@@ -395,10 +395,15 @@ def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | 
                 return None
     elif not new.same_kinds_of_grads(plan.look):
         return None
-    tables = {
-        device: dataclasses.replace(table, grads=grad_column(plan.by_device[device], grads))
-        for device, table in plan.tables.items()
-    }
+    looked_at = not plan.copied and not any(new.present)  # what the kernel reads, of all params
+    tables = {}
+    for device, table in plan.tables.items():
+        entries = plan.by_device[device]
+        if looked_at and len(entries) == len(grads):
+            column = grad_words(chain.from_iterable(part.addresses for part in new.grads))
+        else:
+            column = grad_column(entries, grads)
+        tables[device] = dataclasses.replace(table, grads=column)
     return dataclasses.replace(plan, look=new, tables=tables)
 
 
@@ -409,6 +414,13 @@ def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.W
         grad = grads[e.place]
         if grad is not None:
             column[i] = (grad if e.grad_copy is None else e.grad_copy).data_ptr() or t.EMPTY_GRAD
+    return t.frozen(column)
+
+
+def grad_words(addresses: Iterable[int]) -> t.Words:
+    """The same, where all gradients are present and read as they are."""
+    column = np.fromiter(addresses, dtype=np.int64)
+    column[column == 0] = t.EMPTY_GRAD
     return t.frozen(column)
 
 
