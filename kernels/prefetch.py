@@ -127,7 +127,8 @@ def _prefetch_ahead(
 ):
     """Ask for what the programs from `program + ahead` on will read."""
     moments: tl.constexpr = EXP_AVG.primitive_bitwidth + EXP_AVG_SQ.primitive_bitwidth
-    read: tl.constexpr = PARAM.primitive_bitwidth + GRAD.primitive_bitwidth + moments
+    others: tl.constexpr = PARAM.primitive_bitwidth + GRAD.primitive_bitwidth
+    read: tl.constexpr = moments + others + MASTER.primitive_bitwidth  # without a master one bit
     _, _, _, _, program, _, chunk_shift = later
     if program & ((1 << tl.minimum(chunk_shift, _UNIT_SHIFT)) - 1) == 0:  # noqa: SIM102  # for all threads
         if _is_first_thread():

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "int8": {"state_dtype": "int8"},
     "master": {"master_weights": True, "state_dtype": torch.float32},
+    "master+int8": {"master_weights": True, "state_dtype": "int8"},
 }
 
 
@@ -35,7 +36,7 @@ def make(name: str) -> tuple[list[Parameter], FusedAdamW]:
     """Params with gradients, and their optimizer."""
     torch.manual_seed(0)
     dtype = torch.float32 if name == "float32" else torch.bfloat16
-    params = [Parameter(torch.randn(n).to(dtype)) for n in SIZES]
+    params = [Parameter(torch.randn(1, n).to(dtype)) for n in SIZES]  # in 8 bits are matrices alone
     for p in params:
         p.grad = torch.randn_like(p)
     return params, FusedAdamW(params, backend="triton", **OPTIONS[name])
@@ -109,22 +110,29 @@ def test_what_later_programs_read_is_asked_for(
         chunk = int(table.chunks[program // per_chunk])
         return chunk & 0xFFFFFFFF, (chunk >> 32) + program % per_chunk
 
-    def is_asked_for(program: int, times: int) -> bool:
-        """Where the program that is to ask, the first of a unit, has vectors of its own."""
+    rows = table.rest[: table.n_tensors * t.TENSOR_WORDS].reshape(-1, t.TENSOR_WORDS)
+    kinds = rows[:, t.SIGNATURE]
+
+    def asker(program: int, times: int) -> int | None:
+        """The tensor of the program that is to ask, if that has vectors of its own."""
         program -= times * ahead
         tensor, block = block_of(program - program % min(per_chunk, t.PREFETCH_UNIT))
-        return program >= 0 and (block + 1) * BLOCK <= SIZES[tensor]
+        there = program >= 0 and (block + 1) * BLOCK <= SIZES[tensor]
+        return tensor if there else None
 
-    # elements, but for float32, of which enough are under way; exponents in whole 16 bytes alone
+    # elements, unless enough are under way as it is; exponents in whole 16 bytes alone
+    wanted = [table.signatures[kind].bytes_read < t.PLENTY for kind in kinds]
+    assert any(wanted) == (name not in ("float32", "master"))
     found = {id(x): noted.of(x) for p in params for x in streams(optimizer, p)}
-    if name == "float32":
-        assert not any(x.any() for x in found.values())
-    else:
-        for program in (x for x in range(table.n_programs) if is_asked_for(x, 1)):
-            tensor, block = block_of(program)
-            begin, end = block * BLOCK, min((block + 1) * BLOCK, SIZES[tensor])
+    for p, few in zip(params, wanted, strict=True):
+        assert few or not any(found[id(x)].any() for x in streams(optimizer, p))
+    for program in range(table.n_programs):
+        tensor, block = block_of(program)
+        begin, end = block * BLOCK, min((block + 1) * BLOCK, SIZES[tensor])
+        by = asker(program, 1)
+        if wanted[tensor] and begin < end and by is not None and kinds[by] == kinds[tensor]:
             for x in streams(optimizer, params[tensor]):
-                if x.numel() == SIZES[tensor] and begin < end:
+                if x.numel() == SIZES[tensor]:
                     asked = found[id(x)][begin * x.itemsize : end * x.itemsize]
                     assert asked.all(), (program, x.dtype)
 
@@ -133,9 +141,9 @@ def test_what_later_programs_read_is_asked_for(
     tensors = grads[table.n_tensors :]
     chunks = tensors[table.n_tensors * t.TENSOR_WORDS :]
     for item, chunk in enumerate(table.chunks):
-        if is_asked_for(item * per_chunk, 3):
+        if asker(item * per_chunk, 3) is not None:
             assert noted.of(chunks[item : item + 1]).all()
-        if is_asked_for(item * per_chunk, 2) and chunk >> 32 == 0:
+        if asker(item * per_chunk, 2) is not None and chunk >> 32 == 0:
             row = tensors[chunk * t.TENSOR_WORDS : (chunk + 1) * t.TENSOR_WORDS]
             for x in row, grads[chunk : chunk + 1], noted.scalars[chunk]:
                 assert noted.of(x).all()
@@ -146,7 +154,7 @@ def test_nothing_else_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -
     """Past the end of its memory an address may belong to no one. Words: whole 16 bytes."""
     params, optimizer = make(name)
     optimizer.step()
-    params[2].grad = None  # its address is 0 then
+    params[3].grad = None  # its address is 0 then
     noted = Noted(monkeypatch, optimizer, 2)
     elements = [x for p in params for x in streams(optimizer, p)]
     for begin, end in noted.asked:
@@ -155,7 +163,7 @@ def test_nothing_else_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -
             for more, xs in ((0, elements), (15, [noted.words, noted.scalars]))
             for x in xs
         ) or (end <= begin)
-    assert not any(noted.of(x).any() for x in streams(optimizer, params[2]))
+    assert not any(noted.of(x).any() for x in streams(optimizer, params[3]))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
