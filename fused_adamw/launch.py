@@ -117,6 +117,12 @@ class GroupRows(NamedTuple):
     alive: list[Tensor]
     exact: bool  # whether eps makes denominators whose reciprocals would be infinite, or 0
 
+    def with_rates(self, rates: Sequence[float]) -> GroupRows:
+        """The same with other learning rates, where all hyper-parameters are numbers."""
+        words = self.words.reshape(-1, t.GROUP_WORDS).copy()
+        words.view(np.float64)[:, t.LR] = rates
+        return self._replace(words=t.frozen(words.ravel()))
+
 
 def group_rows(
     groups: Sequence[Mapping[str, Any]], device: torch.device, max_norm: float | None = None

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
-_hypers_of = itemgetter("lr", "eps", "weight_decay", "maximize", _DECOUPLED)
+_hypers_of = itemgetter("eps", "weight_decay", "maximize", _DECOUPLED)  # besides lr
 _OPTIONS = ("backend", "max_grad_norm", "skip_nonfinite", "grad_norm_group", "group_metrics")
 _KERNEL_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
@@ -176,6 +176,7 @@ class FusedAdamW(Optimizer):
         """Drop what is derived from params, groups and state."""
         self._plan: Plan | None = None
         self._hypers: list[tuple[Any, ...]] = []  # as checked last, where all are numbers
+        self._rates: list[Any] = []  # their lrs
         self._rows: dict[torch.device, GroupRows] = {}  # made of them
         # Graphs read and write the memory of their captured steps for as long as they live.
         self._captured: list[object] = [
@@ -441,15 +442,24 @@ class FusedAdamW(Optimizer):
 
     def _check_changed_hypers(self, max_norm: float | None) -> None:
         """Check hyper-parameters that are not as they were, and forget the rows made of them."""
-        values = [(*_hypers_of(g), *g["betas"], *storing.options_of(g)) for g in self.param_groups]
-        if any(issubclass(kind, Tensor) for kind in set(map(type, chain.from_iterable(values)))):
-            values = []  # they change in place, and comparing them would wait for the device
-        if values:
-            values.append((max_norm,))
-        if not values or values != self._hypers:
-            for group in self.param_groups:
-                _check_group(group)
-            self._hypers, self._rows = values, {}
+        groups = self.param_groups
+        rates = [g["lr"] for g in groups]
+        others = [(*_hypers_of(g), *g["betas"], *storing.options_of(g)) for g in groups]
+        kinds = set(map(type, chain(rates, *others)))
+        if any(issubclass(kind, Tensor) for kind in kinds):
+            others = []  # they change in place, and comparing them would wait for the device
+        else:
+            others.append((max_norm,))
+        if others and others == self._hypers:
+            if rates == self._rates:
+                return
+            if all(map(math.isfinite, rates)):  # as schedulers leave them
+                self._rates = rates
+                self._rows = {device: rows.with_rates(rates) for device, rows in self._rows.items()}
+                return
+        for group in groups:
+            _check_group(group)
+        self._hypers, self._rates, self._rows = others, rates, {}
 
     def _group_rows(self, device: torch.device, max_norm: float | None) -> GroupRows:
         rows = self._rows.get(device)
