@@ -516,13 +516,13 @@ def launch_options(
     take more, and does without (it spills, if anything, in the path of a tensor's last elements)
     where it is told to; kernels that store gradients or measure do spill then. What that gains is
     measured by bench/tune.py, and for all but a launch of several dtypes on H200s alone. Masters
-    with other moments than 8-bit ones take 64 as it is, unless there is code that prefetches.
+    with other moments than 8-bit ones take 64 as it is.
     """
     tuned, signatures = table.parameters, table.signatures
     cap = 0
     if any(s.quantised for s in signatures):
         cap = tuned.maxnreg_int8
-    elif table.ahead or not any(s.master is not None for s in signatures):
+    elif not any(s.master is not None for s in signatures):
         several = len({dtype for s in signatures for dtype in s[:4]}) > 1
         stochastic = any(s.stochastic for s in signatures)
         one = tuned.maxnreg_random if stochastic else tuned.maxnreg_one

@@ -94,9 +94,10 @@ UNSIGNED_LARGEST = (254 << 23) - UNSIGNED_CARRY - 1
 RANDOM_GROUP = 8
 RANDOM_MULTIPLIER = 0x25D88DFD
 
-# What kernels/prefetch.py asks for at once, in blocks, and the bytes of an element's loads from
-# which on enough are under way as it is: there only the table is prefetched. An H100 loses 1 % with
-# the elements of bf16 params with a remainder and float32 moments, 14 bytes.
+# kernels/prefetch.py: the blocks that are asked for at once where a moment has 8 bits, else one, and
+# the bytes of an element's loads from which on enough are under way as it is: there only the table
+# is prefetched, and with a master not even that (bf16 with a remainder and float32 moments, 14
+# bytes, took 1 to 2 % longer on H100 and H200).
 PREFETCH_UNIT, PLENTY = 8, 14
 
 EMPTY_GRAD = 1  # stands for the address of a gradient without elements: present, never read

@@ -234,6 +234,16 @@ def test_nvidia_divides_by_the_reciprocal(reports: dict[tuple[str, str], Any], t
         assert reports[name, target]["reciprocals"] == 0, name
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_hopper_prefetches(reports: dict[tuple[str, str], Any], target: str) -> None:
+    # the list of chunks and a tensor's row, gradient and scalars; then an element's streams, with
+    # the exponents of 8-bit ones
+    wanted = {"fp32": 4, "fp64": 4, "bf16": 8, "bf16-stochastic": 8, "bf16-remainder-fp32": 0}
+    wanted |= {"bf16-int8": 10, "bf16-remainder-int8": 11, "mixed+fp32": 12}
+    for name, prefetches in wanted.items():
+        assert reports[name, target]["prefetches"] == prefetches * (target == "sm_90"), name
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_stochastic_rounding_adds_20_instructions_at_most(
     reports: dict[tuple[str, str], Any], target: str

@@ -112,17 +112,25 @@ def test_what_later_programs_read_is_asked_for(
 
     rows = table.rest[: table.n_tensors * t.TENSOR_WORDS].reshape(-1, t.TENSOR_WORDS)
     kinds = rows[:, t.SIGNATURE]
+    wanted = [table.signatures[kind].bytes_read < t.PLENTY for kind in kinds]
+    assert any(wanted) == (name not in ("float32", "master"))
+    asks = [
+        few or table.signatures[kind].master is None
+        for few, kind in zip(wanted, kinds, strict=True)
+    ]
 
     def asker(program: int, times: int) -> int | None:
         """The tensor of the program that is to ask, if that has vectors of its own."""
         program -= times * ahead
-        tensor, block = block_of(program - program % min(per_chunk, t.PREFETCH_UNIT))
-        there = program >= 0 and (block + 1) * BLOCK <= SIZES[tensor]
-        return tensor if there else None
+        if program < 0:
+            return None
+        if table.signatures[kinds[block_of(program)[0]]].quantised:  # one for several
+            program -= program % min(per_chunk, t.PREFETCH_UNIT)
+        tensor, block = block_of(program)
+        has_vectors = (block + 1) * BLOCK <= SIZES[tensor]
+        return tensor if has_vectors and asks[tensor] else None
 
     # elements, unless enough are under way as it is; exponents in whole 16 bytes alone
-    wanted = [table.signatures[kind].bytes_read < t.PLENTY for kind in kinds]
-    assert any(wanted) == (name not in ("float32", "master"))
     found = {id(x): noted.of(x) for p in params for x in streams(optimizer, p)}
     for p, few in zip(params, wanted, strict=True):
         assert few or not any(found[id(x)].any() for x in streams(optimizer, p))
