@@ -94,7 +94,7 @@ UNSIGNED_LARGEST = (254 << 23) - UNSIGNED_CARRY - 1
 RANDOM_GROUP = 8
 RANDOM_MULTIPLIER = 0x25D88DFD
 
-# kernels/prefetch.py: the blocks that are asked for at once where a moment has 8 bits, else one, and
+# kernels/prefetch.py: the blocks asked for at once where a moment has 8 bits, elsewhere one, and
 # the bytes of an element's loads from which on enough are under way as it is: there only the table
 # is prefetched, and with a master not even that (bf16 with a remainder and float32 moments, 14
 # bytes, took 1 to 2 % longer on H100 and H200).
