@@ -206,8 +206,8 @@ class Launcher:
                 launched the kernels that are asked for: compiling and loading them would break
                 the capture.
         """
-        uploaded = self._groups
-        if groups.words is not uploaded and groups.words.tobytes() != uploaded.tobytes():
+        before = self._groups
+        if groups.words is not before and groups.words.tobytes() != before.tobytes():
             self._groups = groups.words
         whole = self._whole
         if whole is None or table is not self._given or whole.groups is not self._groups:
