@@ -93,6 +93,7 @@ SETS = {
     "fp32-scaled": Case((_ALL["fp32"],), scaled=True),
     "mixed+fp32-scaled": Case((_MIXED, _ALL["fp32"]), scaled=True),
     "fp32-amsgrad": Case((signature("fp32/fp32/fp32", amsgrad=True),)),
+    "bf16-amsgrad": Case((signature("bf16/bf16/bf16", amsgrad=True),)),
     "fp64": Case((_ALL["fp64"],)),
     "bf16-stochastic": Case((_BF16._replace(stochastic=True),)),
     "bf16-remainder-fp32": Case((_MIXED._replace(master=torch.int16),)),
@@ -233,7 +234,7 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
     """Compile a case for a target, through its launcher; by name, or one that has none.
 
     count: whether to count the instructions, for which NVIDIA's code is disassembled. Those of an
-        element are counted without prefetches, which one warp in 32 is there for.
+        element are counted without prefetches, for which one warp of a program, or of 8, is there.
     """
     if case is None:
         case = SETS[name] if name in SETS else alone(name)

@@ -7,7 +7,7 @@
 Writes OUT/step.json and three plots. A round times every provider once, in a new random order,
 and ratios are taken within rounds. One optimizer is timed twice: what its two lines differ by is
 noise. Before each timed step fresh random gradients are written, the learning rate changes, as with
-a scheduler, and the cache is flushed.
+a scheduler (but torch-compiled's, which would be compiled anew), and the cache is flushed.
 
     GPU     between CUDA events around step(), enqueued behind enough other work that the GPU
             never waits for the host: what the step costs on the device (median, p10 and p90,

@@ -107,7 +107,9 @@ CANDIDATES = (
     Candidate(
         "loop-4-of-512", {"block": 512, "blocks_per_program": 4}, "small blocks, few look-ups"
     ),
-    Candidate("regs-free", codegen.FREE, "several dtypes as ptxas likes them: is the cap needed?"),
+    Candidate(
+        "regs-free", codegen.FREE, "one or several dtypes as ptxas likes them: why cap them?"
+    ),
     Candidate("regs-56", {"maxnreg": 56}, "9 programs a multiprocessor, not 8: more in flight"),
     Candidate("regs-48", {"maxnreg": 48}, "10 programs"),
     Candidate("one-56", {"maxnreg_one": 56}, "one dtype: 9 programs, where ptxas would take more"),
@@ -119,7 +121,7 @@ CANDIDATES = (
         {"exact": True, **codegen.FREE},
         "IEEE division and root: are the instructions free?",
     ),
-    Candidate("exact-64", {"exact": True}, "the same, held to 8 programs"),
+    Candidate("exact-64", {"exact": True}, "the same, held to the registers of the others"),
     Candidate("prefetch-0", {"prefetch": 0}, "is it worth its instructions?"),
     Candidate("prefetch-4096", {"prefetch": 4096}, "nearer: less of the cache is taken"),
     Candidate("prefetch-8192", {"prefetch": 8192}, "farther: is it there in time?"),

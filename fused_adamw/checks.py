@@ -40,6 +40,8 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
     construct = min_lr == 0
 
     def value(x: Any, what: str) -> float | None:
+        if isinstance(x, (str, bytes)):  # which float() would take
+            raise TypeError(f"Invalid {what}: {x!r} (want a number)")
         if isinstance(x, Tensor):
             if x.numel() != 1:
                 raise ValueError(f"Tensor {what} must be 1-element, but it has {x.numel()}")

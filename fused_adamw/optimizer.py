@@ -453,9 +453,10 @@ class FusedAdamW(Optimizer):
         if others and others == self._hypers:
             if rates == self._rates:
                 return
-            if all(map(math.isfinite, rates)):  # as schedulers leave them
-                self._rates = rates
+            # as schedulers leave them
+            if set(map(type, rates)) <= {float, int} and all(map(math.isfinite, rates)):
                 self._rows = {device: rows.with_rates(rates) for device, rows in self._rows.items()}
+                self._rates = rates
                 return
         for group in groups:
             _check_group(group)

@@ -272,7 +272,7 @@ def _block(
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
-    PREFETCHED: tl.constexpr,  # elements of a program, if some are to be prefetched, else 0
+    PREFETCH: tl.constexpr,
 ):
     """Update part of a block; its measures, which are 0 where they are not wanted."""
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
@@ -315,8 +315,10 @@ def _block(
             EVICTION,
         )  # fmt: skip
 
-    if ALIGNED and PREFETCHED > 0:  # behind the program's own loads
-        _prefetch_ahead(tensor, later, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, PREFETCHED)
+    if ALIGNED and PREFETCH:  # behind the program's own loads
+        _prefetch_ahead(
+            tensor, later, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AMSGRAD, MASTER, BLOCK
+        )  # fmt: skip
 
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
         unscaled = (g * tl.load(scalars + UNSCALE)).to(GRAD)
@@ -387,7 +389,7 @@ def _dispatch(
     tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
     SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
     ARITHMETIC: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
-    EVICTION: tl.constexpr, PREFETCHED: tl.constexpr,
+    EVICTION: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
     measures = tl.zeros([MEASURES], tl.float32)
@@ -418,7 +420,7 @@ def _dispatch(
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
                     STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    PREFETCHED,
+                    PREFETCH,
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
@@ -426,7 +428,7 @@ def _dispatch(
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
                     STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    PREFETCHED,
+                    PREFETCH,
                 )  # fmt: skip
     return measures
 
@@ -478,7 +480,7 @@ def _adamw(
             measures += _dispatch(
                 tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
                 SIGNATURES, STORE_GRAD, rows is not None, BLOCK, ARITHMETIC, LOAD_CACHE,
-                STORE_CACHE, EVICTION, BLOCKS * BLOCK if PREFETCH else 0,
+                STORE_CACHE, EVICTION, PREFETCH,
             )  # fmt: skip
         start += BLOCK
     if rows is not None:
@@ -500,7 +502,8 @@ def _arithmetic(parameters: LaunchParameters, device: torch.device) -> tl.conste
 
 
 def _prefetches(table: t.Table, device: torch.device) -> bool:
-    return table.ahead > 0 and _is_nvidia(device)
+    # a program of several blocks would ask anew with each
+    return table.ahead > 0 and table.parameters.blocks_per_program == 1 and _is_nvidia(device)
 
 
 def _is_nvidia(device: torch.device) -> bool:
@@ -512,11 +515,12 @@ def launch_options(
 ) -> dict[str, int | bool]:
     """Options of the launch.
 
-    Fewer registers let more programs share a multiprocessor: 64 let 8, 72 let 7. ptxas likes to
-    take more, and does without (it spills, if anything, in the path of a tensor's last elements)
-    where it is told to; kernels that store gradients or measure do spill then. What that gains is
-    measured by bench/tune.py, and for all but a launch of several dtypes on H200s alone. Masters
-    with other moments than 8-bit ones take 64 as it is.
+    Fewer registers let more programs share a multiprocessor: 56 let 9, 64 let 8, 72 let 7. ptxas
+    likes to take more, and does without (it spills, if anything, in the path of a tensor's last
+    elements) where it is told to. Not told are kernels that store gradients or measure, which do
+    spill then, and masters with other moments than 8-bit ones, which take about 64 as it is. What
+    it gains is measured by bench/tune.py, on H200s for stochastic rounding and 8-bit moments; for
+    one dtype on an H100, nothing (there Triton 3.6 takes 56 as it is, and 3.9 would take 76).
     """
     tuned, signatures = table.parameters, table.signatures
     cap = 0
@@ -526,6 +530,8 @@ def launch_options(
         several = len({dtype for s in signatures for dtype in s[:4]}) > 1
         stochastic = any(s.stochastic for s in signatures)
         one = tuned.maxnreg_random if stochastic else tuned.maxnreg_one
+        if tuned.maxnreg_one and any(s.amsgrad for s in signatures):
+            one = tuned.maxnreg
         cap = tuned.maxnreg if several else one
     wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
     options = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}

@@ -6,9 +6,9 @@ element has few bytes, too few are under way to cover the time that they take. S
 program asks for what comes later, behind the program's own loads: elements, at twice the distance
 the words that lead to them, at three times the list of chunks. No bit of any result depends on it.
 
-Where instructions are short, with 8-bit moments, one program in eight asks for all of them. On an
-H200 that gave them 88 % of the ceiling where each asking for itself gave 83, but in bfloat16 95 to
-98 % where that gave 99 (bench/results/h200/prefetch.txt).
+Where instructions are short, with 8-bit moments, one program in eight asks for all of them. In
+bfloat16 that was worse on an H200: 97.5 and 94.7 % of the ceiling in bench/step.py's 10x16Mi-bf16
+and 200x1Mi-bf16, where each asking for itself had 99.6 and 99.4 (bench/results/h200/prefetch.txt).
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from .columns import SCALARS, TENSOR_WORDS
 _PARAM = tl.constexpr(t.PARAM)
 _EXP_AVG = tl.constexpr(t.EXP_AVG)
 _EXP_AVG_SQ = tl.constexpr(t.EXP_AVG_SQ)
+_MAX_EXP_AVG_SQ = tl.constexpr(t.MAX_EXP_AVG_SQ)
 _NUMEL = tl.constexpr(t.NUMEL)
 _SIGNATURE = tl.constexpr(t.SIGNATURE)
 _MASTER = tl.constexpr(t.MASTER)
 _EXP_AVG_SCALE = tl.constexpr(t.EXP_AVG_SCALE)
 _EXP_AVG_SQ_SCALE = tl.constexpr(t.EXP_AVG_SQ_SCALE)
+_MAX_EXP_AVG_SQ_SCALE = tl.constexpr(t.MAX_EXP_AVG_SQ_SCALE)
 _QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
 _UNIT_SHIFT = tl.constexpr(t.PREFETCH_UNIT.bit_length() - 1)
 _PLENTY = tl.constexpr(t.PLENTY)
@@ -42,18 +44,24 @@ def _is_first_thread():
 
 
 @triton.jit
-def _prefetch(begin, end):
-    """Whole 16 bytes, the unit of the instruction, between two addresses."""
-    begin, end = begin & -16, end & -16
+def _ask(address, size):
+    """Prefetch so many bytes, if any: address and size are multiples of 16."""
     tl.inline_asm_elementwise(
         "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
         " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r",
-        [begin, (end - begin).to(tl.int32)],
+        [address, size],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def _prefetch(begin, end):
+    """From one address to another: back to the last multiple of 16, and not beyond the end's."""
+    begin, end = begin & -16, end & -16
+    _ask(begin, (end - begin).to(tl.int32))
 
 
 @triton.jit
@@ -96,7 +104,7 @@ def _prefetch_tables(later):
 @triton.jit
 def _prefetch_unit(
     own, later, size, PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr,
-    EXP_AVG_SQ: tl.constexpr, MASTER: tl.constexpr, ELEMENTS: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Elements of one or several programs, where they have the signature of this program's own."""
     grads, tensors, _, chunks, program, ahead, chunk_shift = later
@@ -104,7 +112,7 @@ def _prefetch_unit(
     item = program >> chunk_shift
     chunk = tl.load(chunks + item)
     index = chunk & 0xFFFFFFFF
-    start = ((chunk >> 32) + (program - (item << chunk_shift))) * ELEMENTS
+    start = ((chunk >> 32) + (program - (item << chunk_shift))) * BLOCK
     tensor = tensors + index * TENSOR_WORDS
     size = tl.minimum(tl.load(tensor + _NUMEL) - start, size)  # negative past the end
     grad = tl.load(grads + index)
@@ -113,6 +121,10 @@ def _prefetch_unit(
         _prefetch_elements(grad, start, size, GRAD)
         _prefetch_moment(tensor, start, size, _EXP_AVG, _EXP_AVG_SCALE, EXP_AVG)
         _prefetch_moment(tensor, start, size, _EXP_AVG_SQ, _EXP_AVG_SQ_SCALE, EXP_AVG_SQ)
+        if AMSGRAD:
+            _prefetch_moment(
+                tensor, start, size, _MAX_EXP_AVG_SQ, _MAX_EXP_AVG_SQ_SCALE, EXP_AVG_SQ
+            )
         if MASTER != tl.int1:
             _prefetch_elements(tl.load(tensor + _MASTER), start, size, MASTER)
 
@@ -125,24 +137,26 @@ def _prefetch_ahead(
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
+    AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr,
-    ELEMENTS: tl.constexpr,  # of a program
+    BLOCK: tl.constexpr,
 ):
-    """Ask for what the programs from `program + ahead` on will read."""
-    moments: tl.constexpr = EXP_AVG.primitive_bitwidth + EXP_AVG_SQ.primitive_bitwidth
-    others: tl.constexpr = PARAM.primitive_bitwidth + GRAD.primitive_bitwidth
-    read: tl.constexpr = moments + others + MASTER.primitive_bitwidth  # without a master one bit
-    few: tl.constexpr = read < 8 * _PLENTY
-    if few or MASTER == tl.int1:
+    """Ask for what the programs from `program + ahead` on will read: t.Signature.prefetches."""
+    quantised: tl.constexpr = EXP_AVG == tl.uint8 or EXP_AVG_SQ == tl.uint8
+    if MASTER == tl.int1 or quantised:
+        seconds: tl.constexpr = EXP_AVG_SQ.primitive_bitwidth * (2 if AMSGRAD else 1)
+        moments: tl.constexpr = EXP_AVG.primitive_bitwidth + seconds
+        others: tl.constexpr = PARAM.primitive_bitwidth + GRAD.primitive_bitwidth
+        read: tl.constexpr = moments + others + MASTER.primitive_bitwidth  # int1: no master
         _, _, _, _, program, _, chunk_shift = later
         unit_shift = 0
-        if EXP_AVG == tl.uint8 or EXP_AVG_SQ == tl.uint8:  # instructions are short there
+        if quantised:  # instructions are short there
             unit_shift = tl.minimum(chunk_shift, _UNIT_SHIFT)
         if program & ((1 << unit_shift) - 1) == 0:  # noqa: SIM102  # so the others skip it at once
             if _is_first_thread():
                 _prefetch_tables(later)
-                if few:
+                if read < 8 * _PLENTY:
                     _prefetch_unit(
-                        own, later, ELEMENTS << unit_shift,
-                        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, ELEMENTS,
+                        own, later, BLOCK << unit_shift,
+                        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AMSGRAD, MASTER, BLOCK,
                     )  # fmt: skip

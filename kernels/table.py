@@ -95,10 +95,8 @@ RANDOM_GROUP = 8
 RANDOM_MULTIPLIER = 0x25D88DFD
 
 # kernels/prefetch.py: the blocks asked for at once where a moment has 8 bits, elsewhere one, and
-# the bytes of an element's loads from which on enough are under way as it is: there only the table
-# is prefetched, and with a master not even that (bf16 with a remainder and float32 moments, 14
-# bytes, took 1 to 2 % longer on H100 and H200).
-PREFETCH_UNIT, PLENTY = 8, 14
+# the bytes of an element's loads from which on enough are under way as it is.
+PREFETCH_UNIT, PLENTY = 8, 16
 
 EMPTY_GRAD = 1  # stands for the address of a gradient without elements: present, never read
 
@@ -139,6 +137,16 @@ class Signature(NamedTuple):
     def bytes_read(self) -> float:
         """The part of these that is read."""
         return (self.bytes_per_element + self.grad.itemsize) / 2
+
+    @property
+    def prefetches(self) -> tuple[bool, bool]:
+        """Whether its programs ask for tables, and for elements, ahead of time (prefetch.py).
+
+        Masters without 8-bit moments ask for nothing: bf16 with a remainder and float32 moments
+        took 1 to 2 % longer with it, on an H100 and an H200.
+        """
+        tables = self.master is None or self.quantised
+        return tables, tables and self.bytes_read < PLENTY
 
 
 class Row(NamedTuple):
@@ -230,13 +238,15 @@ def plan_chunks(numels: Words, block: int = BLOCK, chunks: int = CHUNKS) -> tupl
 def programs_ahead(
     tensors: Words, signatures: Sequence[Signature], parameters: LaunchParameters, of_chunk: int
 ) -> int:
-    """How many programs read as much as is to be prefetched: those of whole chunks, one at least.
+    """How many programs read as much as is to be prefetched, in whole chunks.
 
     So the first of a chunk, which always has elements, is asked for by the first of another.
     """
     numels = tensors[:, NUMEL]
-    if not parameters.prefetch or not numels.any():
+    if not parameters.prefetch:
         return 0
+    if not numels.any():
+        return of_chunk
     read = np.array([s.bytes_read for s in signatures])[tensors[:, SIGNATURE]]
     of_program = float(np.average(read, weights=numels)) * parameters.elements
     return of_chunk * max(1, round(parameters.prefetch * 1024 / of_program / of_chunk))

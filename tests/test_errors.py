@@ -102,6 +102,7 @@ STEP_ERRORS: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
         RuntimeError,
         r"not \['exp_avg'\]",
     ),
+    "lr_text": (_hyper(lr="0.1"), TypeError, "Invalid lr: '0.1'"),
     "lr_nan": (_hyper(lr=float("nan")), ValueError, "Invalid learning rate: nan"),
     "lr_inf": (_hyper(lr=float("inf")), ValueError, "Invalid learning rate: inf"),
     "betas": (_hyper(betas=(0.9, 1.0)), ValueError, "Invalid beta parameter at index 1"),
