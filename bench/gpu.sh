@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}")
-parts=${2:-"sanitizer fsdp accuracy tests step train ncu"}
+parts=${2:-"sanitizer fsdp accuracy tests step host train ncu"}
 cases=${3:-}
 commit=${4:-}
 mkdir -p "$out" && logs=$(mktemp -d)
@@ -72,6 +72,11 @@ for name in $parts; do
     step)
         timed step 130 "$python" bench/step.py --out "$out" --max-seconds 3 \
             ${commit:+--commit "$commit"} ${cases:+--cases $cases --rounds 2}
+        ;;
+    host)
+        tensors=(1 148 1000)
+        [ -n "$cases" ] && tensors=(1 2)
+        timed host 60 "$python" bench/host.py --tensors "${tensors[@]}" --rounds 15
         ;;
     train) timed train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
     ncu)

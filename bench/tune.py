@@ -158,9 +158,11 @@ TIMED = (
     Timed(CASES["10x16Mi"], "fp32"),
     Timed(CASES["gpt2"], "fp32"),  # tails: 148 tensors, 98 of them small
     Timed(CASES["10x16Mi-bf16"], "bf16"),
+    Timed(CASES["200x1Mi-bf16"], "bf16"),  # look-ups: a new tensor each 4 us of an H200
     Timed(_MIXED, "mixed+fp32", _FLOAT32_MOMENTS),
     Timed(CASES["10x16Mi-bf16"], "bf16-remainder-int8", _MASTER_INT8),
     Timed(CASES["10x16Mi-bf16"], "bf16-int8", _INT8),
+    Timed(CASES["200x1Mi-bf16"], "bf16-int8", _INT8),
     Timed(CASES["10x16Mi-bf16"], "bf16-stochastic", _STOCHASTIC),
 )
 CHECKED = (  # the same sets, on small tensors

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import host
 import machine
 import providers
 import pytest
@@ -250,6 +251,47 @@ def test_both_clipping_rows_do_the_same() -> None:
     assert not torch.allclose(weights[1], weights[2], rtol=0, atol=1e-1)
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_each_step_is_timed_with_another_lr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a scheduler; a compiled step keeps its own, or would be compiled again."""
+    case, device = cases.TINY_CASES["tiny"], machine.Device()
+    for compiled in (False, True):
+        groups = cases.make(case, device.device)
+        params = [p for group in groups for p in group["params"]]
+        grads, line = timing.Gradients(case, params, device.device), timing.Line("", "", 0, 0, 0)
+        rates: list[float] = []
+
+        class Noting(torch.optim.SGD):
+            def step(self, closure: Any = None, noted: list[float] = rates) -> None:
+                noted.append(self.param_groups[0]["lr"])
+
+        monkeypatch.setattr(torch, "compile", lambda step: step)
+        provider = providers.Provider(functools.partial(Noting, lr=1.0), compiled=compiled)
+        entrant = timing.Entrant(provider, groups, grads, device, line)
+        rates.clear()
+        for _ in range(3):
+            entrant.time(device, grads, line)
+        assert len(set(rates)) == (1 if compiled else 3)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_hosts_steps_have_what_they_say_is_new() -> None:
+    p = torch.nn.Parameter(torch.zeros(8, 8))
+    p.grad = torch.zeros_like(p)
+    for what, changes in host.CHANGES.items():
+        optimizer = torch.optim.SGD([p], lr=0.1)
+        before = optimizer.param_groups[0]["lr"], p.grad.data_ptr()
+        kept = p.grad
+        for change in changes:
+            change(optimizer)
+        after = optimizer.param_groups[0]["lr"], p.grad.data_ptr()
+        new = [a != b for a, b in zip(before, after, strict=True)]
+        assert new == [what in ("lr", "both"), what in ("gradients", "both")]
+        del kept
+    table = host.as_trained(3, 2, torch.device("cpu"), lambda: None)
+    assert table.row_count == 2 * len(host.CHANGES)
+
+
 def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of torch's warnings alone, however often one place warns; and the mode is put back."""
     modes: list[str] = []
@@ -307,7 +349,7 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *("bash", str(script), str(tmp_path / "gpu")),
-            *("no-such-part step train accuracy", "tiny", "1a2b3c4"),
+            *("no-such-part step host train accuracy", "tiny", "1a2b3c4"),
         ],
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -318,6 +360,7 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no part is called no-such-part" in summary
     assert re.search(r"step +exit 0", summary), done.stdout
+    assert re.search(r"host +exit 0", summary), done.stdout
     assert re.search(r"train +exit 0", summary), done.stdout
     assert re.search(r"accuracy +exit 0", summary), done.stdout
     numbers = json.loads((tmp_path / "gpu" / "step.json").read_text())
