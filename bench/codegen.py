@@ -245,7 +245,8 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
             sums = cast(Tensor, Address(torch.float64))
             given = schedule.Norm(sums, sums, skip_nonfinite=True) if case.clipped else None
             counted = cast(Tensor, Address(torch.float64)) if case.measured else None
-            schedule.schedule(Front(), table, MEMORY, scalar, scalar, given, counted)
+            rates = t.pack_rates([1e-3])
+            schedule.schedule(Front(), table, MEMORY, scalar, scalar, given, counted, rates)
         elif case.kernel == "norm":
             norm.sum_squares(Front(), table, MEMORY.words, cast(Tensor, Address(torch.float64)))
         else:

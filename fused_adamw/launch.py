@@ -116,9 +116,12 @@ class GroupRows(NamedTuple):
     words: t.Words
     alive: list[Tensor]
     exact: bool  # whether eps makes denominators whose reciprocals would be infinite, or 0
+    rates: tuple[int, ...]  # the lrs, if they go with the launch and the words' do not count
 
     def with_rates(self, rates: Sequence[float]) -> GroupRows:
         """The same with other learning rates, where all hyper-parameters are numbers."""
+        if self.rates:
+            return self._replace(rates=t.pack_rates(rates))
         words = self.words.reshape(-1, t.GROUP_WORDS).copy()
         words.view(np.float64)[:, t.LR] = rates
         return self._replace(words=t.frozen(words.ravel()))
@@ -134,6 +137,7 @@ def group_rows(
     """
     norm = math.inf if max_norm is None else max_norm
     rows: list[bytes] = []
+    rates: list[float] = []
     alive: list[Tensor] = []
     exact = False
     for group in groups:  # as few calls as can be: schedulers change the rows in every step
@@ -148,9 +152,12 @@ def group_rows(
         values += float(group["eps"]), float(group["weight_decay"])
         exact |= 0 < values[t.EPS] < 2.0**-126 or values[t.EPS] > 2.0**125
         rest = flags, norm, group.get("seed", 0)
+        rates.append(values[t.LR])
+        if len(groups) <= t.RATES:
+            values[t.LR] = 0.0  # so that another one changes no word
         rows.append(t.GROUP_ROW.pack(*values, *addresses, *rest))
     words = np.frombuffer(b"".join(rows), dtype=np.int64)  # read-only
-    return GroupRows(words, alive, exact)
+    return GroupRows(words, alive, exact, t.pack_rates(rates) if len(rates) <= t.RATES else ())
 
 
 def _scalar(x: Tensor, device: torch.device, alive: list[Tensor]) -> tuple[float, int, int]:
@@ -183,6 +190,7 @@ class Launcher:
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
         self._given: t.Table | None = None  # as the plan has it
         self._whole: t.Table | None = None  # with its groups, and with what these ask for
+        self._rates: tuple[int, ...] = ()  # of the prepared step
         self._stream: torch.Stream | None = None
         self._prepared: tuple[object, ...] = ()  # what the next launch is compiled for
         self._launched: set[tuple[object, ...]] = set()  # what earlier ones were
@@ -206,6 +214,7 @@ class Launcher:
                 launched the kernels that are asked for: compiling and loading them would break
                 the capture.
         """
+        self._rates = groups.rates
         before = self._groups
         if groups.words is not before and groups.words.tobytes() != before.tobytes():
             self._groups = groups.words
@@ -226,7 +235,7 @@ class Launcher:
                 "reserved for the tensors of this step. Run one step() outside the capture before "
                 "each capture, with gradients for the same parameters."
             )
-        self._prepared = table.signatures, table.parameters, asked.variant
+        self._prepared = table.signatures, table.parameters, asked.variant, bool(groups.rates)
         known = self._prepared in self._launched
         if capturing and not known:
             raise RuntimeError(
@@ -293,7 +302,7 @@ class Launcher:
             if norm is not None:
                 given = self.kernels.schedule.Norm(*norm, asked.clipping.skip_nonfinite)
             self.kernels.schedule.schedule(
-                self._front, table, memory, grad_scale, found_inf, given, counted
+                self._front, table, memory, grad_scale, found_inf, given, counted, self._rates
             )
             self.kernels.adamw.adamw(self._front, table, memory, grad_scale is not None, rows)
             self._launched.add(self._prepared)

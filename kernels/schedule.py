@@ -81,6 +81,13 @@ def _hyper(group, flags, mask, WHICH: tl.constexpr):
 
 
 @triton.jit
+def _float64(low, high):
+    """From the halves of its bits, int32."""
+    bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def _power(base, exponent):
     """base^exponent for whole exponents in [0, 2^31), by square and multiply."""
     result = base * 0 + 1
@@ -120,7 +127,10 @@ def _put(scalars, scalars64, tensor, mask, value, COLUMN: tl.constexpr, FLOAT64:
 
 
 @triton.jit(
-    do_not_specialize=["n_groups", "n_tensors", "n_sums"],
+    do_not_specialize=[
+        *("n_groups", "n_tensors", "n_sums", "low0", "high0", "low1", "high1"),
+        *("low2", "high2", "low3", "high3"),
+    ],
     do_not_specialize_on_alignment=["grad_scale", "found_inf", "sums", "metrics"],
 )
 def _schedule(
@@ -135,6 +145,15 @@ def _schedule(
     n_groups,
     n_tensors,
     n_sums,
+    low0,  # bits of the groups' lrs, which count in place of the rows' if RATES
+    high0,
+    low1,
+    high1,
+    low2,
+    high2,
+    low3,
+    high3,
+    RATES: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
     FLOAT64: tl.constexpr,
     TENSORS: tl.constexpr,
@@ -168,9 +187,16 @@ def _schedule(
     tl.store(at64, step64, mask=active & is_double)
     step = tl.where(is_double, step64, step32.to(tl.float64)).to(tl.int64)
 
-    group = words + tl.load(row + _GROUP, mask=mask, other=0) * GROUP_WORDS
+    number = tl.load(row + _GROUP, mask=mask, other=0)
+    group = words + number * GROUP_WORDS
     flags = tl.load(group + _FLAGS, mask=mask, other=0)
     lr = _hyper(group, flags, mask, 0)
+    if RATES:
+        given = tl.where(number == 2, _float64(low2, high2), _float64(low3, high3))
+        given = tl.where(number == 1, _float64(low1, high1), given)
+        given = tl.where(number == 0, _float64(low0, high0), given)
+        on_device = tl.load(group + _LR_AT, mask=mask, other=0) != 0
+        lr = tl.where(on_device, lr, given)
     beta1 = _hyper(group, flags, mask, 1)
     beta2 = _hyper(group, flags, mask, 2)
     weight_decay = _double(group + _WEIGHT_DECAY, mask)
@@ -228,11 +254,13 @@ def schedule(
     found_inf: Tensor | None,
     norm: Norm | None = None,
     counted: Tensor | None = None,
+    rates: tuple[int, ...] = (),
 ) -> None:
     """Count a step for each tensor with a gradient and write its scalars.
 
     grad_scale, found_inf: float32, 0-dim, on the table's device, or None. counted: float64
     [n_tensors], where to write how many elements are updated unless the step is skipped; or None.
+    rates: `pack_rates` of the lrs of all groups, or () where those of the table count.
     """
     arguments = (
         memory.words,
@@ -246,8 +274,10 @@ def schedule(
         table.n_groups,
         table.n_tensors,
         0 if norm is None else norm.sums.numel(),
+        *(rates or (0,) * (2 * t.RATES)),
     )
     constants = {
+        "RATES": bool(rates),
         "SKIP_NONFINITE": norm is not None and norm.skip_nonfinite,
         "FLOAT64": table.float64,
         "TENSORS": _TENSORS_PER_PROGRAM,

@@ -43,6 +43,9 @@ MAX_NORM = 9  # float64 bits; of all gradients, so every group has the same; inf
 SEED = 10
 GROUP_WORDS = 11
 GROUP_ROW = struct.Struct("=5d 3q q d q")  # all of these, in their order
+# groups whose lr goes with the launch: schedulers change it in every step, and an upload makes the
+# kernels wait for it
+RATES = 4
 MAXIMIZE, DECOUPLED, CODES_SHIFT = 1, 2, 2
 SCALAR_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -211,6 +214,15 @@ class Table:
     def float64(self) -> bool:
         """Whether some tensor is computed in float64."""
         return any(s.compute == torch.float64 for s in self.signatures)
+
+
+def pack_rates(rates: Sequence[float]) -> tuple[int, ...]:
+    """The lrs of up to RATES groups as the schedule is launched with them: 2 int32 each.
+
+    Integers, since Triton takes a Python float for a float32.
+    """
+    doubles = (*rates, *[0.0] * (RATES - len(rates)))
+    return struct.unpack(f"<{2 * RATES}i", struct.pack(f"<{RATES}d", *doubles))
 
 
 def frozen(words: Words) -> Words:

@@ -313,7 +313,10 @@ def run_schedule(
         for group, x in counters
     ]
     grads = np.array(present or [True] * len(rows), dtype=np.int64) * t.EMPTY_GRAD
-    words, alive, _ = group_rows(groups, device)
+    words, alive, _, rates = group_rows(groups, device)
+    if rates:  # then those of the table do not count
+        words = words.copy()
+        words.view(np.float64)[t.LR :: t.GROUP_WORDS] = float("nan")
     table = t.build(rows, grads, words, len(groups))
     memory = t.allocate(table, device)
     memory.scalars.fill_(float("nan"))  # poison
@@ -321,7 +324,9 @@ def run_schedule(
     host = torch.empty(table.n_words, dtype=torch.int64)
     t.write_words(table, host)
     memory.words.copy_(host)
-    load_kernels(device).schedule.schedule(Front(), table, memory, grad_scale, found_inf)
+    load_kernels(device).schedule.schedule(
+        Front(), table, memory, grad_scale, found_inf, rates=rates
+    )
     del alive
     return [
         Scheduled(groups[group], round(x.item()), row.cpu(), row64.cpu())

@@ -271,7 +271,7 @@ def test_no_more_shared_memory_than_eight_programs_have(
 # --- what is compiled again --------------------------------------------------------------------
 
 LAUNCHES = """
-import dataclasses, json
+import dataclasses, itertools, json
 import codegen as c
 import numpy as np
 import torch
@@ -289,16 +289,15 @@ def make(lr=1e-3, numel=8, groups=1, signatures=(FP32,)):
     return t.build(rows, np.full(len(rows), 512), words.ravel(), groups)
 
 
-def compiled(tables, memories=(c.MEMORY,), scalars=((None, None),), measures=((None, None),)):
+def compiled(tables, memories=(c.MEMORY,), scalars=((None, None),), measures=((None, None),),
+             rates=(t.pack_rates([1e-3]),)):
     with c.launches(c.TARGETS["sm_90"]) as seen:
         for table in tables:
-            for memory in memories:
-                for grad_scale, found_inf in scalars:
-                    for rows, counted in measures:
-                        front = Front()
-                        schedule.schedule(
-                            front, table, memory, grad_scale, found_inf, None, counted)
-                        adamw.adamw(front, table, memory, grad_scale is not None, rows)
+            for memory, (grad_scale, found_inf), (rows, counted), lrs in itertools.product(
+                    memories, scalars, measures, rates):
+                front = Front()
+                schedule.schedule(front, table, memory, grad_scale, found_inf, None, counted, lrs)
+                adamw.adamw(front, table, memory, grad_scale is not None, rows)
         caches = [k.device_caches[0][0] for k in (schedule._schedule, adamw._adamw)]
         return [len(cache) for cache in caches], seen
 
@@ -315,6 +314,8 @@ elsewhere = [t.Memory(*(c.Address(x.dtype, at) for x in c.MEMORY)) for at in (51
 results = {
     "counts": compiled(counts),
     "lr": compiled([make(lr) for lr in (0.0, 1.0, 1e-3, 16.0)]),
+    "rates": compiled([table], rates=[t.pack_rates([lr] * n) for n in (1, 4)
+                                      for lr in (0.0, 1.0, 1e-3, 2.0**-1074, -1e-30)]),
     "numel": compiled([make(numel=n) for n in (0, 1, 16, 17, 2**34)]),
     "groups": compiled([make(groups=n) for n in (1, 16, 17)]),
     "tensors": compiled([make(signatures=(FP32,) * n) for n in (1, 16, 17, 1000)]),
@@ -327,6 +328,7 @@ results = {
     # the control: these have to be compiled anew
     "signatures": compiled([table, make(signatures=(BF16,))]),
     "scaler-or-not": compiled([table], scalars=[(None, None), (address(512), address(512))]),
+    "rates-or-not": compiled([table], rates=[(), t.pack_rates([1e-3])]),
     "measured-or-not": compiled([table], measures=[(None, None), (address(512), address(512))]),
 }
 print(json.dumps({
@@ -351,7 +353,19 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "what", ["counts", "lr", "numel", "groups", "tensors", "order", "memory", "scaler", "measures"]
+    "what",
+    [
+        "counts",
+        "lr",
+        "rates",
+        "numel",
+        "groups",
+        "tensors",
+        "order",
+        "memory",
+        "scaler",
+        "measures",
+    ],
 )
 def test_compiled_once_whatever_changes(launched: dict[str, Any], what: str) -> None:
     # counts hold 1 and multiples of 16, which Triton would specialise on; GradScaler's scalars may
@@ -362,7 +376,12 @@ def test_compiled_once_whatever_changes(launched: dict[str, Any], what: str) -> 
 
 @pytest.mark.parametrize(
     ("what", "kernels"),
-    [("signatures", [1, 2]), ("scaler-or-not", [2, 2]), ("measured-or-not", [2, 2])],
+    [
+        ("signatures", [1, 2]),
+        ("scaler-or-not", [2, 2]),
+        ("measured-or-not", [2, 2]),
+        ("rates-or-not", [2, 1]),
+    ],
     ids=str,
 )
 def test_compiled_again_where_the_code_differs(
@@ -380,7 +399,7 @@ def test_lr_step_and_numel_are_in_memory(launched: dict[str, Any], what: str) ->
         # groups and tensors, blocks in a chunk and programs ahead, or sums of the norm: integers
         assert counts[:2] == [1, 1]
         assert all(isinstance(n, int) for n in counts)
-        assert len(counts) <= 4
+        assert len(counts) in (4, 11), "of the update, and of the schedule with the halves of lrs"
 
 
 def test_fusion_is_switched_off_by_name(launched: dict[str, Any]) -> None:

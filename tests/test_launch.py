@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +51,9 @@ def test_uploads_only_what_moved(device: torch.device, uploads: list[int]) -> No
     assert uploads == [everything]  # nothing moved: no copy
     adamw.param_groups[0]["lr"] = 0.5
     adamw.step()
+    assert uploads == [everything]  # it goes with the launch
+    adamw.param_groups[0]["weight_decay"] = 0.5
+    adamw.step()
     assert uploads[1:] == [t.GROUP_WORDS]
     for p in params:
         p.grad = torch.randn_like(p)  # the old one is alive while the new one is made: it moves
@@ -61,6 +65,42 @@ def test_uploads_only_what_moved(device: torch.device, uploads: list[int]) -> No
     adamw.add_param_group({"params": model(device, 1)})
     adamw.step()
     assert uploads[4] > everything
+
+
+@pytest.mark.parametrize("count", [1, 2, t.RATES, t.RATES + 1])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_lr_of_each_group_counts(
+    device: torch.device, uploads: list[int], count: int, tensor: bool
+) -> None:
+    """With the launch or, of more groups, in the table; the first may have it on the device."""
+    params = [torch.nn.Parameter(p.double()) for p in model(device, count)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    lrs = [0.3, 1e-3, 0.05, 7.0, 1e-30]
+    given: list[Any] = [*lrs[:count]]
+    if tensor:
+        given[0] = torch.tensor(lrs[0], dtype=torch.float64, device=device)
+    optimizers = [
+        make([{"params": [p], "lr": lr} for p, lr in zip(own, rates, strict=True)])
+        for make, own, rates in (
+            (functools.partial(FusedAdamW, backend="triton"), params, given),
+            (functools.partial(torch.optim.AdamW, foreach=False), twins, lrs[:count]),
+        )
+    ]
+    for step in range(3):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].mul_(0.7)
+                else:
+                    group["lr"] *= 0.7
+        for p, twin in zip(params, twins, strict=True):
+            p.grad = torch.ones_like(p) if step == 0 else p.grad
+            twin.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin, rtol=1e-12, atol=0)
+    assert uploads[1:] == ([] if count <= t.RATES else [count * t.GROUP_WORDS] * 2)
 
 
 def test_a_device_scalar_is_never_uploaded_again(device: torch.device, uploads: list[int]) -> None:
