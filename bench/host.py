@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import itertools
 import platform
 import statistics
@@ -81,10 +82,15 @@ def validation(adamw: FusedAdamW) -> Callable[[], None]:
 def torchs_host_part(adamw: torch.optim.AdamW) -> Callable[[], None]:
     """The part of torch's step that comes before its launches."""
 
+    wants_amsgrad = "amsgrad" in inspect.signature(adamw._init_group).parameters  # torch 2.6
+
     def run() -> None:
         for group in adamw.param_groups:
             lists: list[list[torch.Tensor]] = [[] for _ in range(6)]
-            adamw._init_group(group, *lists)  # type: ignore[no-untyped-call]
+            arguments: list[Any] = [*lists]
+            if wants_amsgrad:
+                arguments.insert(2, group["amsgrad"])
+            adamw._init_group(group, *arguments)  # type: ignore[no-untyped-call]
             adamw._group_tensors_by_device_and_dtype(lists)  # type: ignore[arg-type]
 
     return run
