@@ -81,7 +81,6 @@ def validation(adamw: FusedAdamW) -> Callable[[], None]:
 
 def torchs_host_part(adamw: torch.optim.AdamW) -> Callable[[], None]:
     """The part of torch's step that comes before its launches."""
-
     wants_amsgrad = "amsgrad" in inspect.signature(adamw._init_group).parameters  # torch 2.6
 
     def run() -> None:
