@@ -25,15 +25,26 @@ from .columns import (
     ACTIVE,
     DECAY,
     EPSILON,
+    EXP_AVG_AT,
+    EXP_AVG_SCALE_AT,
+    EXP_AVG_SQ_AT,
+    EXP_AVG_SQ_SCALE_AT,
     GRAD_FACTOR,
     GROUP_WORDS,
     KEY0,
     KEY1,
     L2,
+    MASTER_AT,
+    MAX_EXP_AVG_SQ_AT,
+    MAX_EXP_AVG_SQ_SCALE_AT,
     MEASURES,
     NEG_STEP_SIZE,
+    NUMEL,
+    PARAM_AT,
+    QUANT_BLOCK,
     RSQRT_BIAS2,
     SCALARS,
+    SIGNATURE,
     TENSOR_WORDS,
     UNSCALE,
     W1,
@@ -43,24 +54,13 @@ from .front import Call, Front
 from .launch_parameters import LaunchParameters
 from .prefetch import _prefetch_ahead
 
-_PARAM = tl.constexpr(t.PARAM)
-_EXP_AVG = tl.constexpr(t.EXP_AVG)
-_EXP_AVG_SQ = tl.constexpr(t.EXP_AVG_SQ)
-_MAX_EXP_AVG_SQ = tl.constexpr(t.MAX_EXP_AVG_SQ)
-_NUMEL = tl.constexpr(t.NUMEL)
-_SIGNATURE = tl.constexpr(t.SIGNATURE)
 _ADDED_SQUARES = tl.constexpr(t.ADDED_SQUARES)
 _ADDED = tl.constexpr(t.ADDED)
 _LOST = tl.constexpr(t.LOST)
-_MASTER = tl.constexpr(t.MASTER)
-_EXP_AVG_SCALE = tl.constexpr(t.EXP_AVG_SCALE)
-_EXP_AVG_SQ_SCALE = tl.constexpr(t.EXP_AVG_SQ_SCALE)
-_MAX_EXP_AVG_SQ_SCALE = tl.constexpr(t.MAX_EXP_AVG_SQ_SCALE)
 _FIRST = tl.constexpr(t.FIRST)
 _INNER = tl.constexpr(t.INNER)
 _INNER_WHOLE = tl.constexpr(t.INNER_WHOLE)
 
-_QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
 _GROUP = tl.constexpr(t.RANDOM_GROUP)
 _GROUP_SHIFT = tl.constexpr(t.RANDOM_GROUP.bit_length() - 1)
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
@@ -176,13 +176,13 @@ def _store(at, value, mask, CACHE: tl.constexpr, EVICTION: tl.constexpr):
 @triton.jit
 def _exponents_at(tensor, start, COLUMN: tl.constexpr, BLOCK: tl.constexpr):
     """Pointers to exponents, for each group of 8 elements to that of its quantisation block."""
-    at = tl.load(tensor + COLUMN).to(tl.pointer_type(tl.uint8)) + start // _QUANT_BLOCK
-    return at + tl.arange(0, BLOCK // _GROUP) // (_QUANT_BLOCK // _GROUP)
+    at = tl.load(tensor + COLUMN).to(tl.pointer_type(tl.uint8)) + start // QUANT_BLOCK
+    return at + tl.arange(0, BLOCK // _GROUP) // (QUANT_BLOCK // _GROUP)
 
 
 @triton.jit
 def _exponents_mask(first, last, BLOCK: tl.constexpr):
-    begin = tl.arange(0, BLOCK // _GROUP) // (_QUANT_BLOCK // _GROUP) * _QUANT_BLOCK
+    begin = tl.arange(0, BLOCK // _GROUP) // (QUANT_BLOCK // _GROUP) * QUANT_BLOCK
     return (begin >= first) & (begin < last)
 
 
@@ -283,13 +283,13 @@ def _block(
         mask &= lane >= first
     exponents_mask = _exponents_mask(first, last, BLOCK)
     group = tl.arange(0, BLOCK // _GROUP)
-    exponents_stored = exponents_mask & (group % (_QUANT_BLOCK // _GROUP) == 0)
-    p_at = _at(tl.load(tensor + _PARAM), start, lane, PARAM, ALIGNED)
+    exponents_stored = exponents_mask & (group % (QUANT_BLOCK // _GROUP) == 0)
+    p_at = _at(tl.load(tensor + PARAM_AT), start, lane, PARAM, ALIGNED)
     g_at = _at(grad, start, lane, GRAD, ALIGNED)
-    m_at = _at(tl.load(tensor + _EXP_AVG), start, lane, EXP_AVG, ALIGNED)
-    v_at = _at(tl.load(tensor + _EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
-    m_exponents_at = _exponents_at(tensor, start, _EXP_AVG_SCALE, BLOCK)
-    v_exponents_at = _exponents_at(tensor, start, _EXP_AVG_SQ_SCALE, BLOCK)
+    m_at = _at(tl.load(tensor + EXP_AVG_AT), start, lane, EXP_AVG, ALIGNED)
+    v_at = _at(tl.load(tensor + EXP_AVG_SQ_AT), start, lane, EXP_AVG_SQ, ALIGNED)
+    m_exponents_at = _exponents_at(tensor, start, EXP_AVG_SCALE_AT, BLOCK)
+    v_exponents_at = _exponents_at(tensor, start, EXP_AVG_SQ_SCALE_AT, BLOCK)
     g = _load(g_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
     m = _load(m_at, mask, LOAD_CACHE, EVICTION)
     if EXP_AVG == tl.uint8:
@@ -303,13 +303,13 @@ def _block(
     if MASTER == tl.int1:
         p = p.to(COMPUTE)
     else:
-        master_at = _at(tl.load(tensor + _MASTER), start, lane, MASTER, ALIGNED)
+        master_at = _at(tl.load(tensor + MASTER_AT), start, lane, MASTER, ALIGNED)
         master = _load(master_at, mask, LOAD_CACHE, EVICTION)
         p = _decode_remainder(p, master) if MASTER == tl.int16 else _decode_master(p, master)
     v_max = v
     if AMSGRAD:
-        v_max_at = _at(tl.load(tensor + _MAX_EXP_AVG_SQ), start, lane, EXP_AVG_SQ, ALIGNED)
-        v_max_exponents_at = _exponents_at(tensor, start, _MAX_EXP_AVG_SQ_SCALE, BLOCK)
+        v_max_at = _at(tl.load(tensor + MAX_EXP_AVG_SQ_AT), start, lane, EXP_AVG_SQ, ALIGNED)
+        v_max_exponents_at = _exponents_at(tensor, start, MAX_EXP_AVG_SQ_SCALE_AT, BLOCK)
         v_max = _load_second(
             v_max_at, v_max_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, LOAD_CACHE,
             EVICTION,
@@ -407,7 +407,7 @@ def _dispatch(
             if SIGNATURES[i][6] or SIGNATURES[i][3] == tl.uint8:
                 whole &= _in_groups(tensor, SIGNATURES[i][7])
             if SIGNATURES[i][2] == tl.uint8 or SIGNATURES[i][3] == tl.uint8:
-                vectors = tl.where(whole, size // _QUANT_BLOCK, 0) * _QUANT_BLOCK
+                vectors = tl.where(whole, size // QUANT_BLOCK, 0) * QUANT_BLOCK
             else:
                 vectors = tl.where(whole, size // _VECTOR, 0) * _VECTOR
             if SIGNATURES[i][0] == tl.float64:
@@ -463,13 +463,13 @@ def _adamw(
     block = (chunk >> 32) + (program - (item << chunk_shift))
     start = block * (BLOCKS * BLOCK)  # int64: tensors pass 2^31
     tensor = tensors + index * TENSOR_WORDS
-    numel = tl.load(tensor + _NUMEL)
+    numel = tl.load(tensor + NUMEL)
     grad = tl.load(grads + index)
     active = tl.load(scalars + index * SCALARS + ACTIVE)
-    addresses = tl.load(tensor + _PARAM) | tl.load(tensor + _EXP_AVG) | grad
-    addresses |= tl.load(tensor + _EXP_AVG_SQ) | tl.load(tensor + _MAX_EXP_AVG_SQ)
-    addresses |= tl.load(tensor + _MASTER)
-    signature = tl.load(tensor + _SIGNATURE)
+    addresses = tl.load(tensor + PARAM_AT) | tl.load(tensor + EXP_AVG_AT) | grad
+    addresses |= tl.load(tensor + EXP_AVG_SQ_AT) | tl.load(tensor + MAX_EXP_AVG_SQ_AT)
+    addresses |= tl.load(tensor + MASTER_AT)
+    signature = tl.load(tensor + SIGNATURE)
     if (start >= numel) | (grad == 0) | (active == 0):
         return
 

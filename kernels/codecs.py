@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from . import table as t
+from .columns import (
+    QUANT_BLOCK,
+)
 
-_QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
 _SIGNED_SHIFT = tl.constexpr(23 - t.SIGNED_MANTISSA)
 _SIGNED_BITS = tl.constexpr(0x7F << (23 - t.SIGNED_MANTISSA))  # of a code, shifted
 _SIGNED_ZERO = tl.constexpr(t.SIGNED_ZERO << (23 - t.SIGNED_MANTISSA))
@@ -158,7 +160,7 @@ def _block_exponents(magnitude, CARRY: tl.constexpr):
     """Exponent of the largest value of each quantisation block, int32 [n / 8]."""
     groups: tl.constexpr = magnitude.shape[0] // _GROUP
     largest = tl.max(tl.reshape(_bits(magnitude), [groups, _GROUP]), axis=1)  # within a thread
-    in_block: tl.constexpr = _QUANT_BLOCK // _GROUP
+    in_block: tl.constexpr = QUANT_BLOCK // _GROUP
     largest = tl.max(tl.reshape(largest, [groups // in_block, in_block]), axis=1)
     return _repeat(tl.maximum((largest + CARRY) >> 23, 1), in_block)
 

@@ -1,4 +1,4 @@
-"""The columns of table.py that both kernels use, as Triton wants its globals.
+"""What more than one kernel uses of table.py, as Triton wants its globals; _AT: of an address.
 
 As constexprs they count in the key of Triton's compile cache: no kernel compiled for another layout
 is ever taken for this one's.
@@ -26,3 +26,14 @@ DECAY = tl.constexpr(t.DECAY)
 L2 = tl.constexpr(t.L2)
 KEY0 = tl.constexpr(t.KEY0)
 KEY1 = tl.constexpr(t.KEY1)
+PARAM_AT = tl.constexpr(t.PARAM)
+EXP_AVG_AT = tl.constexpr(t.EXP_AVG)
+EXP_AVG_SQ_AT = tl.constexpr(t.EXP_AVG_SQ)
+MAX_EXP_AVG_SQ_AT = tl.constexpr(t.MAX_EXP_AVG_SQ)
+MASTER_AT = tl.constexpr(t.MASTER)
+EXP_AVG_SCALE_AT = tl.constexpr(t.EXP_AVG_SCALE)
+EXP_AVG_SQ_SCALE_AT = tl.constexpr(t.EXP_AVG_SQ_SCALE)
+MAX_EXP_AVG_SQ_SCALE_AT = tl.constexpr(t.MAX_EXP_AVG_SQ_SCALE)
+NUMEL = tl.constexpr(t.NUMEL)
+SIGNATURE = tl.constexpr(t.SIGNATURE)
+QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)

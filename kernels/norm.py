@@ -14,11 +14,14 @@ from torch import Tensor
 
 from . import table as t
 from .adamw import _at, constexpr_signatures
-from .columns import GROUP_WORDS, TENSOR_WORDS
+from .columns import (
+    GROUP_WORDS,
+    NUMEL,
+    SIGNATURE,
+    TENSOR_WORDS,
+)
 from .front import Call, Front
 
-_NUMEL = tl.constexpr(t.NUMEL)
-_SIGNATURE = tl.constexpr(t.SIGNATURE)
 _MESH = tl.constexpr(t.MESH)
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format
 
@@ -61,16 +64,16 @@ def _sum_squares(
         index = chunk & 0xFFFFFFFF
         tensor = tensors + index * TENSOR_WORDS
         grad = tl.load(grads + index)
-        signature = tl.load(tensor + _SIGNATURE)
+        signature = tl.load(tensor + SIGNATURE)
         block = chunk >> 32
         n_blocks = tl.minimum(
-            (tl.load(tensor + _NUMEL) + BLOCK - 1) // BLOCK, block + blocks_per_chunk
+            (tl.load(tensor + NUMEL) + BLOCK - 1) // BLOCK, block + blocks_per_chunk
         )
         if (grad == 0) | (tl.load(tensor + _MESH) != mesh):
             n_blocks = block
         while block < n_blocks:
             start = block * BLOCK
-            size = tl.minimum(tl.load(tensor + _NUMEL) - start, BLOCK).to(tl.int32)
+            size = tl.minimum(tl.load(tensor + NUMEL) - start, BLOCK).to(tl.int32)
             vectors = tl.where(grad % 16 == 0, size // _VECTOR, 0) * _VECTOR  # as in adamw.py
             for s in tl.static_range(len(SIGNATURES)):
                 if signature == s:

@@ -17,19 +17,22 @@ import triton
 import triton.language as tl
 
 from . import table as t
-from .columns import SCALARS, TENSOR_WORDS
+from .columns import (
+    EXP_AVG_AT,
+    EXP_AVG_SCALE_AT,
+    EXP_AVG_SQ_AT,
+    EXP_AVG_SQ_SCALE_AT,
+    MASTER_AT,
+    MAX_EXP_AVG_SQ_AT,
+    MAX_EXP_AVG_SQ_SCALE_AT,
+    NUMEL,
+    PARAM_AT,
+    QUANT_BLOCK,
+    SCALARS,
+    SIGNATURE,
+    TENSOR_WORDS,
+)
 
-_PARAM = tl.constexpr(t.PARAM)
-_EXP_AVG = tl.constexpr(t.EXP_AVG)
-_EXP_AVG_SQ = tl.constexpr(t.EXP_AVG_SQ)
-_MAX_EXP_AVG_SQ = tl.constexpr(t.MAX_EXP_AVG_SQ)
-_NUMEL = tl.constexpr(t.NUMEL)
-_SIGNATURE = tl.constexpr(t.SIGNATURE)
-_MASTER = tl.constexpr(t.MASTER)
-_EXP_AVG_SCALE = tl.constexpr(t.EXP_AVG_SCALE)
-_EXP_AVG_SQ_SCALE = tl.constexpr(t.EXP_AVG_SQ_SCALE)
-_MAX_EXP_AVG_SQ_SCALE = tl.constexpr(t.MAX_EXP_AVG_SQ_SCALE)
-_QUANT_BLOCK = tl.constexpr(t.QUANT_BLOCK)
 _UNIT_SHIFT = tl.constexpr(t.PREFETCH_UNIT.bit_length() - 1)
 _PLENTY = tl.constexpr(t.PLENTY)
 
@@ -84,7 +87,7 @@ def _prefetch_moment(
     _prefetch_elements(tl.load(tensor + AT), start, size, DTYPE)
     if DTYPE == tl.uint8:
         exponents = tl.load(tensor + SCALE)
-        _prefetch_elements(exponents, start // _QUANT_BLOCK, size // _QUANT_BLOCK, tl.uint8)
+        _prefetch_elements(exponents, start // QUANT_BLOCK, size // QUANT_BLOCK, tl.uint8)
 
 
 @triton.jit
@@ -114,19 +117,19 @@ def _prefetch_unit(
     index = chunk & 0xFFFFFFFF
     start = ((chunk >> 32) + (program - (item << chunk_shift))) * BLOCK
     tensor = tensors + index * TENSOR_WORDS
-    size = tl.minimum(tl.load(tensor + _NUMEL) - start, size)  # negative past the end
+    size = tl.minimum(tl.load(tensor + NUMEL) - start, size)  # negative past the end
     grad = tl.load(grads + index)
-    if (grad != 0) & (tl.load(tensor + _SIGNATURE) == tl.load(own + _SIGNATURE)):
-        _prefetch_elements(tl.load(tensor + _PARAM), start, size, PARAM)
+    if (grad != 0) & (tl.load(tensor + SIGNATURE) == tl.load(own + SIGNATURE)):
+        _prefetch_elements(tl.load(tensor + PARAM_AT), start, size, PARAM)
         _prefetch_elements(grad, start, size, GRAD)
-        _prefetch_moment(tensor, start, size, _EXP_AVG, _EXP_AVG_SCALE, EXP_AVG)
-        _prefetch_moment(tensor, start, size, _EXP_AVG_SQ, _EXP_AVG_SQ_SCALE, EXP_AVG_SQ)
+        _prefetch_moment(tensor, start, size, EXP_AVG_AT, EXP_AVG_SCALE_AT, EXP_AVG)
+        _prefetch_moment(tensor, start, size, EXP_AVG_SQ_AT, EXP_AVG_SQ_SCALE_AT, EXP_AVG_SQ)
         if AMSGRAD:
             _prefetch_moment(
-                tensor, start, size, _MAX_EXP_AVG_SQ, _MAX_EXP_AVG_SQ_SCALE, EXP_AVG_SQ
+                tensor, start, size, MAX_EXP_AVG_SQ_AT, MAX_EXP_AVG_SQ_SCALE_AT, EXP_AVG_SQ
             )
         if MASTER != tl.int1:
-            _prefetch_elements(tl.load(tensor + _MASTER), start, size, MASTER)
+            _prefetch_elements(tl.load(tensor + MASTER_AT), start, size, MASTER)
 
 
 @triton.jit

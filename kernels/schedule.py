@@ -24,6 +24,7 @@ from .columns import (
     KEY1,
     L2,
     NEG_STEP_SIZE,
+    NUMEL,
     RSQRT_BIAS2,
     SCALARS,
     TENSOR_WORDS,
@@ -51,7 +52,6 @@ _SUMS = tl.constexpr(t.SUMS)
 _SEED = tl.constexpr(t.SEED)
 _POSITION = tl.constexpr(t.POSITION)
 _STEP = tl.constexpr(t.STEP)
-_NUMEL = tl.constexpr(t.NUMEL)
 _GROUP = tl.constexpr(t.GROUP)
 _STEP_IS_DOUBLE = tl.constexpr(t.STEP_IS_DOUBLE)
 
@@ -175,7 +175,7 @@ def _schedule(
 
     row = tensors + tensor * TENSOR_WORDS
     if counted is not None:
-        elements = tl.load(row + _NUMEL, mask=active, other=0).to(tl.float64)
+        elements = tl.load(row + NUMEL, mask=active, other=0).to(tl.float64)
         tl.store(counted + tensor, elements, mask=mask & go)
     step_at = tl.load(row + _STEP, mask=mask, other=0)
     is_double = tl.load(row + _STEP_IS_DOUBLE, mask=mask, other=0) != 0
