@@ -272,7 +272,8 @@ def _block(
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    PREFETCH: tl.constexpr,  # t.Signature.prefetches, if the launch does
+    PREFETCH_ELEMENTS: tl.constexpr,
 ):
     """Update part of a block; its measures, which are 0 where they are not wanted."""
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
@@ -317,7 +318,8 @@ def _block(
 
     if ALIGNED and PREFETCH:  # behind the program's own loads
         _prefetch_ahead(
-            tensor, later, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AMSGRAD, MASTER, BLOCK
+            tensor, later, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AMSGRAD, MASTER, PREFETCH_ELEMENTS,
+            BLOCK,
         )  # fmt: skip
 
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
@@ -420,7 +422,7 @@ def _dispatch(
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
                     STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    PREFETCH,
+                    PREFETCH and SIGNATURES[i][8], SIGNATURES[i][9],
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
@@ -428,7 +430,7 @@ def _dispatch(
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
                     STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    PREFETCH,
+                    PREFETCH and SIGNATURES[i][8], SIGNATURES[i][9],
                 )  # fmt: skip
     return measures
 
@@ -488,9 +490,15 @@ def _adamw(
 
 
 def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[object, ...], ...]:
-    """Signatures as the kernel takes them: Triton's dtypes in place of torch's."""
+    """Signatures as the kernel takes them: in Triton's dtypes, and what they prefetch."""
     return tuple(
-        (*(_TRITON_DTYPES[d] for d in s[:4]), s.amsgrad, _TRITON_DTYPES[s.master], *s[6:])
+        (
+            *(_TRITON_DTYPES[d] for d in s[:4]),
+            s.amsgrad,
+            _TRITON_DTYPES[s.master],
+            *s[6:],
+            *s.prefetches,
+        )
         for s in signatures
     )
 

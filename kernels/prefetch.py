@@ -34,7 +34,6 @@ from .columns import (
 )
 
 _UNIT_SHIFT = tl.constexpr(t.PREFETCH_UNIT.bit_length() - 1)
-_PLENTY = tl.constexpr(t.PLENTY)
 
 
 @triton.jit
@@ -142,24 +141,19 @@ def _prefetch_ahead(
     EXP_AVG_SQ: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr,
+    ELEMENTS: tl.constexpr,  # whether to ask for elements, or for the table alone
     BLOCK: tl.constexpr,
 ):
-    """Ask for what the programs from `program + ahead` on will read: t.Signature.prefetches."""
-    quantised: tl.constexpr = EXP_AVG == tl.uint8 or EXP_AVG_SQ == tl.uint8
-    if MASTER == tl.int1 or quantised:
-        seconds: tl.constexpr = EXP_AVG_SQ.primitive_bitwidth * (2 if AMSGRAD else 1)
-        moments: tl.constexpr = EXP_AVG.primitive_bitwidth + seconds
-        others: tl.constexpr = PARAM.primitive_bitwidth + GRAD.primitive_bitwidth
-        read: tl.constexpr = moments + others + MASTER.primitive_bitwidth  # int1: no master
-        _, _, _, _, program, _, chunk_shift = later
-        unit_shift = 0
-        if quantised:  # instructions are short there
-            unit_shift = tl.minimum(chunk_shift, _UNIT_SHIFT)
-        if program & ((1 << unit_shift) - 1) == 0:  # noqa: SIM102  # so the others skip it at once
-            if _is_first_thread():
-                _prefetch_tables(later)
-                if read < 8 * _PLENTY:
-                    _prefetch_unit(
-                        own, later, BLOCK << unit_shift,
-                        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AMSGRAD, MASTER, BLOCK,
-                    )  # fmt: skip
+    """Ask for what the programs from `program + ahead` on will read."""
+    _, _, _, _, program, _, chunk_shift = later
+    unit_shift = 0
+    if EXP_AVG == tl.uint8 or EXP_AVG_SQ == tl.uint8:  # instructions are short there
+        unit_shift = tl.minimum(chunk_shift, _UNIT_SHIFT)
+    if program & ((1 << unit_shift) - 1) == 0:  # noqa: SIM102  # so the others skip it at once
+        if _is_first_thread():
+            _prefetch_tables(later)
+            if ELEMENTS:
+                _prefetch_unit(
+                    own, later, BLOCK << unit_shift,
+                    PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AMSGRAD, MASTER, BLOCK,
+                )  # fmt: skip

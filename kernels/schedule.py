@@ -66,8 +66,8 @@ def _double(at, mask):
 
 
 @triton.jit
-def _hyper(group, flags, mask, WHICH: tl.constexpr):
-    """A hyper-parameter: the group's value, or the device scalar of any dtype it points to."""
+def _hyper(group, flags, mask, number, WHICH: tl.constexpr):
+    """A hyper-parameter: the number, or the device scalar of any dtype that the group points to."""
     at = tl.load(group + _LR_AT + WHICH, mask=mask, other=0)
     code = (flags >> (_CODES_SHIFT + 2 * WHICH)) & 3
     there = mask & (at != 0)
@@ -77,7 +77,7 @@ def _hyper(group, flags, mask, WHICH: tl.constexpr):
     f16 = tl.load(at.to(tl.pointer_type(tl.float16)), mask=there & (code == 3), other=0)
     narrow = tl.where(code == 2, b16.to(tl.float32), f16.to(tl.float32))
     value = tl.where(code == 1, f64, tl.where(code == 0, f32, narrow).to(tl.float64))
-    return tl.where(at != 0, value, _double(group + _LR + WHICH, mask))
+    return tl.where(at != 0, value, number)
 
 
 @triton.jit
@@ -187,18 +187,18 @@ def _schedule(
     tl.store(at64, step64, mask=active & is_double)
     step = tl.where(is_double, step64, step32.to(tl.float64)).to(tl.int64)
 
-    number = tl.load(row + _GROUP, mask=mask, other=0)
-    group = words + number * GROUP_WORDS
+    place = tl.load(row + _GROUP, mask=mask, other=0)
+    group = words + place * GROUP_WORDS
     flags = tl.load(group + _FLAGS, mask=mask, other=0)
-    lr = _hyper(group, flags, mask, 0)
     if RATES:
-        given = tl.where(number == 2, _float64(low2, high2), _float64(low3, high3))
-        given = tl.where(number == 1, _float64(low1, high1), given)
-        given = tl.where(number == 0, _float64(low0, high0), given)
-        on_device = tl.load(group + _LR_AT, mask=mask, other=0) != 0
-        lr = tl.where(on_device, lr, given)
-    beta1 = _hyper(group, flags, mask, 1)
-    beta2 = _hyper(group, flags, mask, 2)
+        rate = tl.where(place == 2, _float64(low2, high2), _float64(low3, high3))
+        rate = tl.where(place == 1, _float64(low1, high1), rate)
+        rate = tl.where(place == 0, _float64(low0, high0), rate)
+    else:
+        rate = _double(group + _LR, mask)
+    lr = _hyper(group, flags, mask, rate, 0)
+    beta1 = _hyper(group, flags, mask, _double(group + _BETA1, mask), 1)
+    beta2 = _hyper(group, flags, mask, _double(group + _BETA2, mask), 2)
     weight_decay = _double(group + _WEIGHT_DECAY, mask)
     decoupled = (flags & _DECOUPLED) != 0
     zero = weight_decay * 0
