@@ -33,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
+from timing import decay_lr
 
 from fused_adamw import FusedAdamW, optimizer
 
@@ -97,8 +98,7 @@ def torchs_host_part(adamw: torch.optim.AdamW) -> Callable[[], None]:
 
 def new_lr(optimizer: torch.optim.Optimizer) -> None:
     """As a scheduler does it."""
-    for group in optimizer.param_groups:
-        group["lr"] *= 0.999
+    decay_lr(optimizer.param_groups)
 
 
 def new_gradients(optimizer: torch.optim.Optimizer) -> None:

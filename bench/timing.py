@@ -83,6 +83,12 @@ class Gradients:
         self.params[smallest].grad = self.views[smallest].clone()
 
 
+def decay_lr(groups: Sequence[dict[str, Any]]) -> None:
+    """A little, as a scheduler does in every step."""
+    for group in groups:
+        group["lr"] *= 0.999
+
+
 class Entrant:
     """One optimizer in one case."""
 
@@ -126,10 +132,9 @@ class Entrant:
             line.launches, line.copies = count_launches(self.step)
 
     def prepare(self, grads: Gradients) -> None:
-        """New gradients, and another lr, as a scheduler gives in every step."""
+        """New gradients, and another lr."""
         grads.refresh()
-        for group in self.scheduled:
-            group["lr"] *= 0.999
+        decay_lr(self.scheduled)
 
     def time(self, device: Device, grads: Gradients, line: Line) -> None:
         """One round."""

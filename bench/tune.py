@@ -79,7 +79,7 @@ class Candidate(NamedTuple):
         own = stored.launch_parameters(target)
         p = own._replace(**self.changes)
         if lanes != 32:  # caps have no effect there
-            p = p._replace(**{key: getattr(own, key) for key in p._fields if "maxnreg" in key})
+            p = p._replace(**{key: getattr(own, key) for key in stored.CAPS})
         if lanes != 32 or int(target.removeprefix("sm_")) < 90:  # nor prefetches in bulk
             p = p._replace(prefetch=own.prefetch)
         if "num_warps" in self.changes:

@@ -31,12 +31,6 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
     group's lr need only be finite, and `min_lr` = 0 is for what a user passes in. Device tensors
     are checked with `min_lr` alone, since reading one waits for the device.
     """
-    rates, numbers = (group["lr"], *group["betas"]), (group["eps"], group["weight_decay"])
-    if set(map(type, (*rates, *numbers))) == {float}:  # as nearly always: schedulers change them
-        lr, beta1, beta2 = rates
-        in_range = -math.inf < lr < math.inf and 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0
-        if in_range and lr >= min_lr and all(0.0 <= x < math.inf for x in numbers):
-            return
     construct = min_lr == 0
 
     def value(x: Any, what: str) -> float | None:

@@ -139,7 +139,7 @@ def group_rows(
     rows: list[bytes] = []
     rates: list[float] = []
     alive: list[Tensor] = []
-    exact = False
+    exact, with_launch = False, len(groups) <= t.RATES
     for group in groups:  # as few calls as can be: schedulers change the rows in every step
         flags = t.MAXIMIZE if group["maximize"] else 0
         if group["decoupled_weight_decay"]:
@@ -153,11 +153,11 @@ def group_rows(
         exact |= 0 < values[t.EPS] < 2.0**-126 or values[t.EPS] > 2.0**125
         rest = flags, norm, group.get("seed", 0)
         rates.append(values[t.LR])
-        if len(groups) <= t.RATES:
+        if with_launch:
             values[t.LR] = 0.0  # so that another one changes no word
         rows.append(t.GROUP_ROW.pack(*values, *addresses, *rest))
     words = np.frombuffer(b"".join(rows), dtype=np.int64)  # read-only
-    return GroupRows(words, alive, exact, t.pack_rates(rates) if len(rates) <= t.RATES else ())
+    return GroupRows(words, alive, exact, t.pack_rates(rates) if with_launch else ())
 
 
 def _scalar(x: Tensor, device: torch.device, alive: list[Tensor]) -> tuple[float, int, int]:
@@ -222,9 +222,7 @@ class Launcher:
         if whole is None or table is not self._given or whole.groups is not self._groups:
             tuned = table.parameters
             if groups.exact:
-                tuned = tuned._replace(
-                    exact=True, maxnreg=0, maxnreg_one=0, maxnreg_random=0, maxnreg_int8=0
-                )
+                tuned = tuned.uncapped()._replace(exact=True)
             whole = dataclasses.replace(table, groups=self._groups, parameters=tuned)
             self._given, self._whole = table, whole
         table = whole

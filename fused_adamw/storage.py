@@ -66,8 +66,6 @@ def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
 
 def check_options(group: Mapping[str, Any]) -> None:
     """Raise ValueError for storage options of a group that mean nothing."""
-    if not options_of(group):
-        return
     state_dtypes(group.get("state_dtype"))
     stored = [key for key in OPTIONS if key != "seed" and group.get(key, OPTIONS[key])]
     if group.get("differentiable") and stored:

@@ -16,6 +16,9 @@ import torch
 FILE = Path(__file__).with_name("launch_parameters.json")
 
 
+CAPS = ("maxnreg", "maxnreg_one", "maxnreg_random", "maxnreg_int8")  # registers of a thread
+
+
 class LaunchParameters(NamedTuple):
     """One launch of the main kernel. The defaults give each of 128 threads 8 elements."""
 
@@ -36,6 +39,11 @@ class LaunchParameters(NamedTuple):
     def elements(self) -> int:
         """Elements of a program."""
         return self.block * self.blocks_per_program
+
+    def uncapped(self) -> LaunchParameters:
+        """The same with as many registers as ptxas likes."""
+        caps: dict[str, Any] = dict.fromkeys(CAPS, 0)
+        return self._replace(**caps)
 
 
 def architecture(device: torch.device) -> str:
