@@ -47,6 +47,13 @@ def test_the_file_in_the_package_can_be_launched() -> None:
         assert p.blocks_per_program >= 1
 
 
+def test_uncapped_keeps_all_but_the_caps() -> None:
+    caps = dict.fromkeys(tuned.CAPS, 40)
+    assert set(caps) == {name for name in LaunchParameters._fields if "maxnreg" in name}
+    free = LaunchParameters(block=512, **caps).uncapped()
+    assert free == LaunchParameters(block=512, **dict.fromkeys(caps, 0))
+
+
 def test_architecture_of_the_device(device: torch.device) -> None:
     name = tuned.architecture(device)
     assert name.startswith(("sm_", "gfx")) if device.type == "cuda" else name == ""
