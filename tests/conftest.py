@@ -1,4 +1,7 @@
-"""Where the kernels run: on the GPU if there is one, else on the CPU under Triton's interpreter."""
+"""Where the kernels run: on the GPU if there is one, else on the CPU under Triton's interpreter.
+
+FUSED_ADAMW_PTX=sm_90 pytest ...: on the CPU as they are compiled for that architecture (ptx.py).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,17 @@ import pytest
 import torch
 
 ON_CUDA = torch.cuda.is_available()
-if not ON_CUDA:
+AS_COMPILED = not ON_CUDA and bool(os.environ.get("FUSED_ADAMW_PTX"))
+if not ON_CUDA and not AS_COMPILED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do their processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+if AS_COMPILED:  # before a test imports what is replaced
+    import ptx_device
+
+    ptx_device.install(pytest.MonkeyPatch())
 
 
 @pytest.fixture
@@ -35,7 +44,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        if not ON_CUDA:
+        if not ON_CUDA and not AS_COMPILED:
             _round_bf16_to_nearest(patch)
             _make_it_faster(patch)
         yield

@@ -6,6 +6,7 @@ many small tensors, and sizes stand at the edges of a vector (8) and of a block 
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -538,7 +539,7 @@ def test_launch_parameters_change_no_bit(
         assert table.parameters == parameters
         results.append([x for p in params for x in (p.data, *optimizer.state[p].values())])
     for plain, other in zip(*results, strict=True):
-        if variant.get("exact") and device.type != "cpu":
+        if variant.get("exact") and os.environ.get("TRITON_INTERPRET") != "1":
             torch.testing.assert_close(other, plain, rtol=1e-6, atol=1e-7)  # 2 ULP of an update
         else:
             assert same_bits(plain, other)
@@ -557,6 +558,8 @@ def test_launch_parameters_change_no_bit(
 def test_the_reciprocal_is_nvidias(
     device: str, hip: str | None, exact: bool, arithmetic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if device == "cpu" and os.environ.get("FUSED_ADAMW_PTX"):
+        pytest.skip("here it stands for NVIDIA's")
     kernels = load_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu")).adamw
     monkeypatch.setattr(torch.version, "hip", hip)
     parameters = LaunchParameters(exact=exact)

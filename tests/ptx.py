@@ -1,0 +1,621 @@
+"""Runs PTX on the CPU: what Triton compiled for an NVIDIA GPU, executed without one.
+
+Triton's interpreter takes the kernels' Python; inline assembly, layouts, exchanges between threads
+and everything else that the compiler makes of it are first seen here. All threads of many programs
+go through the code at once, as lanes of numpy arrays; where they part, those behind go first. What
+a GPU would refuse is an error: an access outside of the tensors there are, or one that is not
+aligned to its size. A register that nobody has written has junk in it.
+
+Arithmetic is IEEE's and to the bit, but for the approximate root and reciprocal, which are rounded
+correctly here, and fma in float64, a unit of the last place off at most. Cache hints do nothing;
+what is prefetched has to lie in tensors, and is noted in `Machine.prefetched`.
+
+Instructions, their meaning and their names: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Lanes = Array | None  # which threads execute an instruction, bool; None: all
+
+WARP = 32
+AT_ONCE = 64  # programs
+_UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+_SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+_JUNK = {"%rs": np.array([0xA5C3], np.uint16), "%r": np.array([0xA5C33C5A], np.uint32)}
+_JUNK |= {"%rd": np.array([0xA5C33C5A_96E1781E], np.uint64), "%p": np.array([True])}
+_FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
+
+
+class Region(NamedTuple):
+    """Memory that may be accessed."""
+
+    begin: int
+    end: int
+    data: Array  # its bytes
+
+
+def region(address: int, size: int) -> Region:
+    """That of a live object of this process."""
+    view = (ctypes.c_uint8 * size).from_address(address)
+    return Region(address, address + size, np.ctypeslib.as_array(view))
+
+
+@functools.cache
+def bits_of(name: str) -> int:
+    """Width of a type, such as 32 of "s32"; 1 of a predicate."""
+    return 1 if name == "pred" else int(re.sub(r"\D", "", name.removesuffix("x2")))
+
+
+@functools.cache
+def dtype_of(name: str) -> np.dtype[Any]:
+    """As numpy has it; bfloat16 as its bits."""
+    if name == "pred":
+        return np.dtype(bool)
+    kind = _FLOAT if name[0] == "f" else _SIGNED if name[0] == "s" else _UNSIGNED
+    return np.dtype(kind[bits_of(name)])
+
+
+def from_bf16(bits: Array) -> Array:
+    """float32 of bfloat16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bf16(x: Array) -> Array:
+    """bfloat16 of float32, to nearest even."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
+
+
+def to_odd32(x: Array) -> Array:
+    """float32 of float64, to odd where it is inexact: as good as x itself for another rounding."""
+    near = x.astype(np.float32)
+    inexact = np.isfinite(near) & (near != x) & ((near.view(np.int32) & 1) == 0)
+    toward = np.where(np.abs(near) < np.abs(x), 1, -1).astype(np.int32)
+    return (near.view(np.int32) + np.where(inexact, toward, 0)).astype(np.int32).view(np.float32)
+
+
+def fma32(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c, rounded once: in float64 to odd, so that to round it again does no harm."""
+    product = a.astype(np.float64) * b  # exact
+    total = product + c
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    even = (total.view(np.int64) & 1) == 0
+    inexact = np.isfinite(total) & (error != 0) & even
+    toward = np.where((error > 0) == (total > 0), 1, -1)
+    odd = (total.view(np.int64) + np.where(inexact, toward, 0)).view(np.float64)
+    return odd.astype(np.float32)
+
+
+def fma64(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c in the widest format that numpy has."""
+    return (a.astype(np.longdouble) * b + c).astype(np.float64)
+
+
+def flushed(x: Array) -> Array:
+    """Subnormal float32 as zeros of their sign."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal,
+}  # fmt: skip
+
+
+def compare(how: str, a: Array, b: Array) -> Array:
+    """Of setp: ordered, or true for NaN with a u behind."""
+    if how in ("num", "nan"):
+        unordered = np.isnan(a) | np.isnan(b)
+        return unordered if how == "nan" else ~unordered
+    if a.dtype.kind == "f":
+        unordered = np.isnan(a) | np.isnan(b)
+        if how.endswith("u"):
+            return _COMPARE[how[:-1]](a, b) | unordered
+        return _COMPARE[how](a, b) & ~unordered
+    return _COMPARE[{"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(how, how)](a, b)
+
+
+class Instruction(NamedTuple):
+    """One statement."""
+
+    text: str
+    guard: str | None  # a predicate's register; "!" in front: where it does not hold
+    op: list[str]  # its name, split at dots
+    operands: list[str]  # vectors in braces
+
+
+class Program(NamedTuple):
+    """An entry function."""
+
+    params: list[tuple[str, str]]  # name and type
+    code: list[Instruction]
+    labels: dict[str, int]
+    tables: dict[str, list[str]]  # of labels
+
+
+def parse(text: str) -> Program:
+    """The one entry function of a module."""
+    text = re.sub(r"//.*", "", text)
+    head, body = text.split(".entry", 1)[1].split("\n{", 1)
+    params = re.findall(r"\.param \.(\w+).*? (\w+),?\s*$", head.split(")")[0], re.MULTILINE)
+    body = re.sub(r"^\s*\.(loc|file|pragma)\b.*$", "", body.split("\n}", 1)[0], flags=re.MULTILINE)
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    tables: dict[str, list[str]] = {}
+    for part in " ".join(body.split()).split(";"):
+        statement, label = part.strip(), ""
+        # labels, and the braces of scopes, which are not those of vectors
+        while (match := re.match(r"[{}]\s*(?![%_])|([$\w]+):\s*", statement)) is not None:
+            if label := match[1] or label:
+                labels[label] = len(code)
+            statement = statement[match.end() :]
+        if statement.startswith(".branchtargets"):
+            tables[label] = re.findall(r"\$\w+", statement)
+        elif statement and not statement.startswith("."):
+            code.append(_instruction(statement))
+    return Program([(name, kind) for kind, name in params], code, labels, tables)
+
+
+def _instruction(text: str) -> Instruction:
+    match = re.match(r"(?:@(!?[%\w]+)\s+)?(\S+)\s*(.*)$", text)
+    assert match is not None, text
+    operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", match[3])
+    return Instruction(text, match[1], match[2].replace("::", ".").split("."), operands)
+
+
+class Machine:
+    """A GPU's memory, and some programs' worth of threads, their registers and shared memory.
+
+    regions: what may be accessed. more: when something else is, more and more of them in turn.
+    """
+
+    def __init__(
+        self, regions: Iterable[Region], more: Callable[[], Iterable[Iterable[Region]]]
+    ) -> None:
+        self.prefetched: list[tuple[int, int]] = []  # first address, number of bytes
+        self._more = more
+        self._set(regions)
+
+    def _set(self, regions: Iterable[Region]) -> None:
+        self.regions = sorted(regions, key=lambda r: r.begin)
+        self._begins = np.array([r.begin for r in self.regions], dtype=np.uint64)
+        self._ends = np.array([r.end for r in self.regions], dtype=np.uint64)
+
+    def launch(
+        self, code: Program, arguments: Mapping[str, int], programs: int, threads: int, shared: int
+    ) -> None:
+        """Execute all programs of a grid, of so many threads and bytes of shared memory each."""
+        self._arguments, self._shared_bytes = arguments, shared
+        for first in range(0, programs, AT_ONCE):
+            here = min(AT_ONCE, programs - first)
+            self._lane = np.arange(here * threads, dtype=np.uint32)
+            self._everyone = np.ones(len(self._lane), dtype=bool)
+            self._program = self._lane // np.uint32(threads)
+            self._special = {
+                "%tid.x": self._lane % np.uint32(threads),
+                "%ctaid.x": self._program + np.uint32(first),
+                "%nctaid.x": np.full_like(self._lane, programs),
+                "%ntid.x": np.full_like(self._lane, threads),
+            }
+            self._run(code, here)
+
+    @property
+    def threads(self) -> int:
+        """All that run at once."""
+        return len(self._lane)
+
+    def _run(self, program: Program, programs: int) -> None:
+        self._registers: dict[str, Array] = {}
+        self._shared = np.zeros(programs * self._shared_bytes, dtype=np.uint8)
+        at = np.zeros(self.threads, dtype=np.int64)
+        end = len(program.code)
+        with np.errstate(all="ignore"):
+            while (at < end).any():
+                here = int(at.min())
+                lanes = at == here
+                others = at[~lanes]
+                until = int(others.min()) if len(others) else end
+                at[lanes] = end  # if it runs to the end
+                self._run_from(program, here, until, None if lanes.all() else lanes, at)
+
+    def _run_from(self, program: Program, at: int, until: int, lanes: Lanes, where: Array) -> None:
+        """Execute until threads part, or meet those at `until`; writes where each is then."""
+        while at < until:
+            instruction = program.code[at]
+            name = instruction.op[0]
+            active = self._guarded(instruction.guard, lanes)
+            at += 1
+            if name in ("bra", "brx", "ret", "exit"):
+                target: Any = len(program.code)
+                if name == "bra":
+                    target = program.labels[instruction.operands[0]]
+                elif name == "brx":
+                    table = [program.labels[x] for x in program.tables[instruction.operands[1]]]
+                    target = np.array(table)[self._get(instruction.operands[0], "u32")]
+                here = self._everyone if lanes is None else lanes
+                goes = here if active is None else here & active
+                where[here] = np.where(goes, target, at)[here]
+                return
+            if active is not None and not active.any():
+                continue
+            try:
+                getattr(self, f"_{name}")(instruction, active)
+            except Exception as error:
+                error.add_note(f"in {instruction.text!r}")
+                raise
+        where[slice(None) if lanes is None else lanes] = at
+
+    def _guarded(self, guard: str | None, lanes: Lanes) -> Lanes:
+        if guard is None:
+            return lanes
+        holds = self._wide(self._get(guard.lstrip("!"), "pred"))
+        holds = ~holds if guard[0] == "!" else holds
+        both = holds if lanes is None else holds & lanes
+        return None if both.all() else both
+
+    # Operands
+
+    def _get(self, operand: str, kind: str) -> Array:
+        """Values as the type has them, of all threads, or one for all."""
+        dtype = dtype_of(kind)
+        if operand in self._special:
+            return self._special[operand].astype(dtype)
+        if operand == "global_smem":
+            return np.zeros(1, dtype)
+        if re.match(r"-?\d|0[xfd]", operand):
+            return _immediate(operand, dtype)
+        bits = self._registers.get(operand, _JUNK.get(operand.rstrip("0123456789")))
+        assert bits is not None, operand
+        if dtype.itemsize < bits.itemsize:
+            bits = bits.astype(_UNSIGNED[8 * dtype.itemsize])
+        return bits.view(dtype)
+
+    def _put(self, operand: str, values: Array, lanes: Lanes) -> None:
+        """Into a register, whose width is its name's."""
+        if operand == "_":
+            return
+        if values.dtype.kind != "b":
+            size = {"%rs": 16, "%r": 32, "%rd": 64}.get(operand.rstrip("0123456789"), 0)
+            size = max(size, 8 * values.itemsize)
+            if values.dtype.kind == "i":  # signs spread
+                values = values.astype(_SIGNED[size])
+            values = np.ascontiguousarray(values).view(_UNSIGNED[8 * values.dtype.itemsize])
+            values = values.astype(_UNSIGNED[size])
+        values = self._wide(values)
+        if lanes is not None:
+            old = self._registers.get(operand)
+            values = np.where(lanes, values, np.zeros_like(values) if old is None else old)
+        self._registers[operand] = values
+
+    def _wide(self, values: Array) -> Array:
+        """One for each thread."""
+        whole = values.shape == self._lane.shape
+        return values if whole else np.broadcast_to(values, self._lane.shape)
+
+    def _address(self, operand: str) -> Array:
+        match = re.match(r"\[\s*(\S+?)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
+        assert match is not None, operand
+        base = self._get(match[1], "u64" if match[1].startswith("%rd") else "u32")
+        return self._wide(base).astype(np.uint64) + np.uint64(int(match[2] or 0) % 2**64)
+
+    # Memory
+
+    def _spans(self, address: Array, size: int, lanes: Lanes) -> list[tuple[Array, Array, Array]]:
+        """Bytes of a region, offsets, and the threads that access there."""
+        active = self._everyone if lanes is None else lanes
+        number, wrong = self._find(address, size, active)
+        for regions in self._more() if wrong.any() else ():
+            self._set(regions)
+            number, wrong = self._find(address, size, active)
+            if not wrong.any():
+                break
+        if wrong.any():
+            at = int(address[wrong][0])
+            raise IndexError(f"{size} bytes at {at:#x} are in no tensor")
+        if (address[active] % np.uint64(size)).any():
+            raise ValueError(f"an address is not a multiple of {size}")
+        spans = []
+        for n in np.unique(number[active]):
+            own = active & (number == n)
+            offsets = (address[own] - self._begins[n]).astype(np.int64)
+            spans.append((self.regions[n].data, offsets, own))
+        return spans
+
+    def _find(self, address: Array, size: int, active: Array) -> tuple[Array, Array]:
+        """Numbers of regions, and which active threads find none."""
+        number = np.searchsorted(self._begins, address, "right").astype(np.int64) - 1
+        if not self.regions:
+            return number, active
+        return number, active & ((number < 0) | (address + np.uint64(size) > self._ends[number]))
+
+    def _space(
+        self, op: Sequence[str], address: Array, size: int, lanes: Lanes
+    ) -> list[tuple[Array, Array, Array]]:
+        if "global" in op:
+            return self._spans(address, size, lanes)
+        active = self._everyone if lanes is None else lanes
+        return [(self._shared, self._in_shared(address, size, active), active)]
+
+    def _in_shared(self, address: Array, size: int, active: Array) -> Array:
+        """Offsets in the shared memory of all programs, one behind the other."""
+        at = address[active].astype(np.int64)
+        if (at % size).any() or (at + size > self._shared_bytes).any():
+            raise IndexError(f"shared memory has no {size} bytes at {at.max()}")
+        return at + self._program[active].astype(np.int64) * self._shared_bytes
+
+    def _ld(self, i: Instruction, lanes: Lanes) -> None:
+        kind, to = i.op[-1], _vector(i.operands[0])
+        dtype = dtype_of(kind)
+        if "param" in i.op:
+            value = np.array([self._arguments[i.operands[1].strip("[]")] % 2**64], np.uint64)
+            self._put(to[0], value.astype(_UNSIGNED[bits_of(kind)]), lanes)
+            return
+        size = dtype.itemsize * len(to)
+        values = np.zeros((self.threads, len(to)), dtype)
+        for data, offsets, own in self._space(i.op, self._address(i.operands[1]), size, lanes):
+            values[own] = data[offsets[:, None] + np.arange(size)].view(dtype)
+        for k, register in enumerate(to):
+            self._put(register, values[:, k], lanes)
+
+    def _st(self, i: Instruction, lanes: Lanes) -> None:
+        kind, of = i.op[-1], _vector(i.operands[1])
+        columns = [self._wide(self._get(x, kind)) for x in of]
+        values = np.ascontiguousarray(np.stack(columns, 1)).view(np.uint8)
+        size = values.shape[1]
+        for data, offsets, own in self._space(i.op, self._address(i.operands[0]), size, lanes):
+            data[offsets[:, None] + np.arange(size)] = values[own]
+
+    def _cp(self, i: Instruction, lanes: Lanes) -> None:
+        assert i.op[1:] == ["async", "bulk", "prefetch", "L2", "global"], i.text
+        address, sizes = self._address(i.operands[0]), self._get(i.operands[1], "u32")
+        active = self._everyone if lanes is None else lanes
+        for thread in np.flatnonzero(active):
+            begin, size = int(address[thread]), int(sizes[thread])
+            if begin % 16 or size % 16 or not size:
+                raise ValueError(f"a prefetch of {size} bytes from {begin:#x}")
+            for regions in itertools.chain((self.regions,), self._more()):
+                # 16 bytes are whole in an allocation of a GPU's, or not in it at all
+                if any(r.begin < begin + 16 and begin + size - 16 < r.end for r in regions):
+                    break
+            else:
+                raise IndexError(f"a prefetch of {size} bytes at {begin:#x}, in no tensor")
+            self.prefetched.append((begin, size))
+
+    def _ldmatrix(self, i: Instruction, lanes: Lanes) -> None:
+        """Four 8x8 matrices of 16 bits; thread 8k + r has the address of row r of the k-th."""
+        assert i.op[:5] == ["ldmatrix", "sync", "aligned", "m8n8", "x4"], i.text
+        offsets, warps = self._rows(i.operands[1], lanes)
+        rows = self._shared[offsets[..., None] + np.arange(16)].view(np.uint16)  # [warp, 4, 8, 8]
+        if "trans" in i.op:
+            rows = rows.swapaxes(2, 3)
+        pairs = np.ascontiguousarray(rows).view(np.uint32)  # [warp, 4, 8, 4]: thread 4r + c
+        for k, register in enumerate(_vector(i.operands[0])):
+            values = np.zeros((len(warps), WARP), np.uint32)
+            values[warps] = pairs[:, k].reshape(-1, WARP)
+            self._put(register, values.reshape(-1), lanes)
+
+    def _stmatrix(self, i: Instruction, lanes: Lanes) -> None:
+        assert i.op[:5] == ["stmatrix", "sync", "aligned", "m8n8", "x4"], i.text
+        offsets, warps = self._rows(i.operands[0], lanes)
+        registers = [self._get(x, "b32").reshape(-1, WARP)[warps] for x in _vector(i.operands[1])]
+        pairs = np.stack([r.reshape(-1, 8, 4) for r in registers], 1)  # [warp, 4, 8, 4]
+        rows = np.ascontiguousarray(pairs).view(np.uint16)
+        if "trans" in i.op:
+            rows = np.ascontiguousarray(rows.swapaxes(2, 3))
+        self._shared[offsets[..., None] + np.arange(16)] = rows.view(np.uint8)
+
+    def _rows(self, operand: str, lanes: Lanes) -> tuple[Array, Array]:
+        """Offsets of matrices' rows, [warp, 4, 8], and which warps want them."""
+        active = self._everyone if lanes is None else lanes
+        warps = active.reshape(-1, WARP).all(1)
+        assert warps.repeat(WARP).tolist() == active.tolist(), "a warp's threads have parted"
+        return self._in_shared(self._address(operand), 16, active).reshape(-1, 4, 8), warps
+
+    # What threads do together
+
+    def _bar(self, i: Instruction, lanes: Lanes) -> None:
+        """All that are left are here: who is behind goes first."""
+
+    def _shfl(self, i: Instruction, lanes: Lanes) -> None:
+        assert i.op[:3] == ["shfl", "sync", "bfly"], i.text
+        other = self._lane ^ int(i.operands[2], 0)
+        self._put(i.operands[0], self._get(i.operands[1], "b32")[other], lanes)
+
+    def _redux(self, i: Instruction, lanes: Lanes) -> None:
+        assert i.op[2] == "add", i.text
+        values = self._get(i.operands[1], "u32").reshape(-1, WARP)
+        total = values.sum(1, dtype=np.uint64).astype(np.uint32)
+        self._put(i.operands[0], total.repeat(WARP), lanes)
+
+    # Moves and conversions
+
+    def _mov(self, i: Instruction, lanes: Lanes) -> None:
+        to, of = i.operands
+        if to[0] == "{":
+            parts = _vector(to)
+            size = bits_of(i.op[1]) // len(parts)
+            whole = self._get(of, i.op[1])
+            for k, register in enumerate(parts):
+                piece = (whole >> whole.dtype.type(k * size)).astype(_UNSIGNED[size])
+                self._put(register, piece, lanes)
+        elif of[0] == "{":
+            parts, dtype = _vector(of), dtype_of(i.op[1])
+            size = bits_of(i.op[1]) // len(parts)
+            joined = np.zeros(1, dtype)
+            for k, x in enumerate(parts):
+                joined = joined | (self._get(x, f"b{size}").astype(dtype) << dtype.type(k * size))
+            self._put(to, joined, lanes)
+        else:
+            self._put(to, self._get(of, i.op[1]), lanes)
+
+    def _cvt(self, i: Instruction, lanes: Lanes) -> None:
+        target, source = i.op[-2:]
+        x = self._get(i.operands[1], source)
+        if source == "bf16":
+            x = from_bf16(x)
+        if target in ("bf16x2", "f16x2"):
+            low = self._get(i.operands[2], source)
+            halves = [to_bf16(h) if target == "bf16x2" else h.astype(np.float16) for h in (low, x)]
+            low16, high16 = (h.view(np.uint16).astype(np.uint32) for h in halves)
+            self._put(i.operands[0], low16 | (high16 << np.uint32(16)), lanes)
+        elif target == "bf16":
+            self._put(i.operands[0], to_bf16(to_odd32(x) if source == "f64" else x), lanes)
+        else:
+            assert x.dtype.kind != "f" or target[0] == "f" or "rzi" in i.op, i.text
+            self._put(i.operands[0], x.astype(dtype_of(target)), lanes)
+
+    def _selp(self, i: Instruction, lanes: Lanes) -> None:
+        a, b = (self._get(x, i.op[1]) for x in i.operands[1:3])
+        self._put(i.operands[0], np.where(self._get(i.operands[3], "pred"), a, b), lanes)
+
+    def _setp(self, i: Instruction, lanes: Lanes) -> None:
+        assert len(i.op) == 3, i.text
+        a, b = (self._get(x, i.op[2]) for x in i.operands[1:3])
+        if i.op[2] == "bf16":
+            a, b = from_bf16(a), from_bf16(b)
+        self._put(i.operands[0], compare(i.op[1], a, b), lanes)
+
+    def _prmt(self, i: Instruction, lanes: Lanes) -> None:
+        assert i.op == ["prmt", "b32"], i.text
+        a, b, selector = (self._get(x, "b32").astype(np.uint64) for x in i.operands[1:4])
+        pool, result = a | (b << np.uint64(32)), np.zeros(1, np.uint64)
+        for k in range(4):
+            choice = (selector >> np.uint64(4 * k)) & np.uint64(15)
+            byte = (pool >> ((choice & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
+            sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
+            byte = np.where(choice & np.uint64(8), sign, byte)
+            result = result | (byte << np.uint64(8 * k))
+        self._put(i.operands[0], result.astype(np.uint32), lanes)
+
+    def _bfe(self, i: Instruction, lanes: Lanes) -> None:
+        x = self._get(i.operands[1], i.op[1])
+        begin, size = (self._get(o, "u32").astype(x.dtype) for o in i.operands[2:4])
+        above = x.dtype.type(8 * x.itemsize) - begin - size
+        self._put(i.operands[0], x << above >> above + begin, lanes)  # a sign spreads
+
+    def _lop3(self, i: Instruction, lanes: Lanes) -> None:
+        a, b, c = (self._get(x, "b32") for x in i.operands[1:4])
+        table, result = int(i.operands[4], 0), np.zeros(1, np.uint32)
+        for k in range(8):
+            if table >> k & 1:
+                terms = (x if k >> n & 1 else ~x for x, n in ((a, 2), (b, 1), (c, 0)))
+                result = result | np.bitwise_and.reduce(np.broadcast_arrays(*terms))
+        self._put(i.operands[0], result, lanes)
+
+    # Arithmetic and logic
+
+    def _binary(self, i: Instruction, lanes: Lanes, call: Callable[[Any, Any], Any]) -> None:
+        a, b = (self._get(x, i.op[-1]) for x in i.operands[1:3])
+        self._put(i.operands[0], call(a, b), lanes)
+
+    def _unary(self, i: Instruction, lanes: Lanes, call: Callable[[Any], Any]) -> None:
+        self._put(i.operands[0], call(self._get(i.operands[1], i.op[-1])), lanes)
+
+    def _add(self, i: Instruction, lanes: Lanes) -> None:
+        self._binary(i, lanes, np.add)
+
+    def _sub(self, i: Instruction, lanes: Lanes) -> None:
+        self._binary(i, lanes, np.subtract)
+
+    def _mul(self, i: Instruction, lanes: Lanes) -> None:
+        if "wide" in i.op:
+            a, b = (_widened(self._get(x, i.op[-1])) for x in i.operands[1:3])
+            self._put(i.operands[0], a * b, lanes)
+        else:
+            assert "hi" not in i.op, i.text
+            self._binary(i, lanes, np.multiply)
+
+    def _mad(self, i: Instruction, lanes: Lanes) -> None:
+        a, b = (self._get(x, i.op[-1]) for x in i.operands[1:3])
+        kind = i.op[-1]
+        if "wide" in i.op:
+            a, b, kind = _widened(a), _widened(b), f"{kind[0]}64"
+        self._put(i.operands[0], a * b + self._get(i.operands[3], kind), lanes)
+
+    def _fma(self, i: Instruction, lanes: Lanes) -> None:
+        a, b, c = (self._get(x, i.op[-1]) for x in i.operands[1:4])
+        self._put(i.operands[0], (fma32 if i.op[-1] == "f32" else fma64)(a, b, c), lanes)
+
+    def _div(self, i: Instruction, lanes: Lanes) -> None:
+        assert "rn" in i.op, i.text
+        self._binary(i, lanes, np.divide)
+
+    def _sqrt(self, i: Instruction, lanes: Lanes) -> None:
+        if "ftz" in i.op:
+            self._unary(i, lanes, lambda x: flushed(np.sqrt(flushed(x))))
+        else:
+            self._unary(i, lanes, np.sqrt)
+
+    def _rcp(self, i: Instruction, lanes: Lanes) -> None:
+        assert i.op[1:] == ["approx", "ftz", "f32"], i.text
+        self._unary(i, lanes, lambda x: flushed(np.float32(1) / flushed(x)))
+
+    def _neg(self, i: Instruction, lanes: Lanes) -> None:
+        self._unary(i, lanes, np.negative)
+
+    def _abs(self, i: Instruction, lanes: Lanes) -> None:
+        self._unary(i, lanes, np.abs)
+
+    def _min(self, i: Instruction, lanes: Lanes) -> None:
+        of_numbers = np.minimum if "NaN" in i.op or i.op[-1][0] != "f" else np.fmin
+        self._binary(i, lanes, of_numbers)
+
+    def _max(self, i: Instruction, lanes: Lanes) -> None:
+        of_numbers = np.maximum if "NaN" in i.op or i.op[-1][0] != "f" else np.fmax
+        self._binary(i, lanes, of_numbers)
+
+    def _and(self, i: Instruction, lanes: Lanes) -> None:
+        self._binary(i, lanes, np.bitwise_and)
+
+    def _or(self, i: Instruction, lanes: Lanes) -> None:
+        self._binary(i, lanes, np.bitwise_or)
+
+    def _xor(self, i: Instruction, lanes: Lanes) -> None:
+        self._binary(i, lanes, np.bitwise_xor)
+
+    def _not(self, i: Instruction, lanes: Lanes) -> None:
+        self._unary(i, lanes, np.invert)
+
+    def _shl(self, i: Instruction, lanes: Lanes) -> None:
+        x, by, size = self._shift(i)
+        shifted = np.where(by < size, x << by.astype(x.dtype), x.dtype.type(0))
+        self._put(i.operands[0], shifted, lanes)
+
+    def _shr(self, i: Instruction, lanes: Lanes) -> None:
+        x, by, size = self._shift(i)
+        gone = x >> x.dtype.type(size - 1) if x.dtype.kind == "i" else x.dtype.type(0)
+        self._put(i.operands[0], np.where(by < size, x >> by.astype(x.dtype), gone), lanes)
+
+    def _shift(self, i: Instruction) -> tuple[Array, Array, int]:
+        return self._get(i.operands[1], i.op[1]), self._get(i.operands[2], "u32"), bits_of(i.op[1])
+
+
+def _vector(operand: str) -> list[str]:
+    return [x.strip() for x in operand.strip("{} ").split(",")]
+
+
+def _widened(x: Array) -> Array:
+    return x.astype(_SIGNED[64] if x.dtype.kind == "i" else _UNSIGNED[64])
+
+
+def _immediate(text: str, dtype: np.dtype[Any]) -> Array:
+    if text[:2] in ("0f", "0d"):
+        bits = np.array([int(text[2:], 16)], _UNSIGNED[32 if text[1] == "f" else 64])
+        return bits.view(dtype if dtype.itemsize == bits.itemsize else bits.dtype)
+    if dtype.kind == "b":
+        return np.array([int(text, 0) != 0])
+    value = int(text.rstrip("U"), 0) % 2 ** (8 * dtype.itemsize)
+    return np.array([value], _UNSIGNED[8 * dtype.itemsize]).view(dtype)
