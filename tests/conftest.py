@@ -1,6 +1,6 @@
 """Where the kernels run: on the GPU if there is one, else on the CPU under Triton's interpreter.
 
-FUSED_ADAMW_PTX=sm_90 pytest ...: on the CPU as they are compiled for that architecture (ptx.py).
+pytest --ptx sm_90 ...: on the CPU, as Triton compiles them for that architecture (ptx.py).
 """
 
 from __future__ import annotations
@@ -16,17 +16,46 @@ import pytest
 import torch
 
 ON_CUDA = torch.cuda.is_available()
-AS_COMPILED = not ON_CUDA and bool(os.environ.get("FUSED_ADAMW_PTX"))
-if not ON_CUDA and not AS_COMPILED:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do their processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
-if AS_COMPILED:  # before a test imports what is replaced
-    import ptx_device
 
-    ptx_device.install(pytest.MonkeyPatch())
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx", metavar="ARCHITECTURE", help="execute compiled code, as for sm_90")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before a test imports triton, which looks at the environment, or what is replaced."""
+    architecture = config.getoption("ptx")
+    if ON_CUDA and architecture:
+        raise pytest.UsageError("--ptx is for machines without a GPU: here the GPU runs the tests")
+    os.environ.pop("FUSED_ADAMW_PTX", None)
+    if architecture:
+        os.environ.pop("TRITON_INTERPRET", None)
+        os.environ["FUSED_ADAMW_PTX"] = architecture  # for the ranks that tests start
+        import ptx_device
+
+        config.stash[PTX_DEVICE] = ptx_device.Device(pytest.MonkeyPatch(), architecture)
+    elif not ON_CUDA:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    compiled = config.stash.get(PTX_DEVICE, None)
+    if compiled is not None:  # of this process: those of xdist have theirs
+        terminalreporter.write_line(f"launches of {compiled.architecture}: {compiled.launches}")
+
+
+PTX_DEVICE = pytest.StashKey[Any]()
+
+
+@pytest.fixture
+def as_compiled(request: pytest.FixtureRequest) -> Any:
+    """What executes compiled code, a ptx_device.Device; None where nothing does."""
+    return request.config.stash.get(PTX_DEVICE, None)
 
 
 @pytest.fixture
@@ -44,7 +73,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        if not ON_CUDA and not AS_COMPILED:
+        if os.environ.get("TRITON_INTERPRET") == "1":
             _round_bf16_to_nearest(patch)
             _make_it_faster(patch)
         yield

@@ -4,11 +4,12 @@ Triton's interpreter takes the kernels' Python; inline assembly, layouts, exchan
 and everything else that the compiler makes of it are first seen here. All threads of many programs
 go through the code at once, as lanes of numpy arrays; where they part, those behind go first. What
 a GPU would refuse is an error: an access outside of the tensors there are, or one that is not
-aligned to its size. A register that nobody has written has junk in it.
+aligned to its size. So is an instruction, or a form of it, that is not known here. A register that
+nobody has written has junk in it, and so has shared memory. Races are not seen.
 
-Arithmetic is IEEE's and to the bit, but for the approximate root and reciprocal, which are rounded
-correctly here, and fma in float64, a unit of the last place off at most. Cache hints do nothing;
-what is prefetched has to lie in tensors, and is noted in `Machine.prefetched`.
+Arithmetic is IEEE's and to the bit, NaN NVIDIA's, but for the approximate root and reciprocal,
+which are rounded correctly here, and fma in float64, which is rounded to 64 bits first. Cache hints
+do nothing; what is prefetched has to lie in tensors, and is noted in `Machine.prefetched`.
 
 Instructions, their meaning and their names: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution.
 """
@@ -32,9 +33,49 @@ WARP = 32
 AT_ONCE = 64  # programs
 _UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-_JUNK = {"%rs": np.array([0xA5C3], np.uint16), "%r": np.array([0xA5C33C5A], np.uint32)}
-_JUNK |= {"%rd": np.array([0xA5C33C5A_96E1781E], np.uint64), "%p": np.array([True])}
 _FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
+_JUNK = {"%rs": np.array([0xA5C3], np.uint16), "%r": np.array([0xA5C33C5A], np.uint32)}
+_JUNK |= {"%rd": np.array([0xA5C33C5A_96E1781E], np.uint64)}  # others are predicates: true
+
+# The forms of each instruction that are known here, in which a dot stands for ::, too.
+_INTEGER, _CACHE = r"[su](16|32|64)", r"(\.(ca|cg|cs|wb|wt|L1\.evict_first|L1\.evict_last))*"
+_WIDENED, _ROUNDED = r"f(32|64)\.b?f16|f64\.f32", r"f16\.f32|f16x2\.f32|bf16\.f32"
+_ROUNDED += r"|f16\.f64|bf16x2\.f32|bf16\.f64|f32\.f64|f32\.s32|f64\.s64"
+_FORMS = {
+    "ld": rf"param\.[bsu]\d+|(global{_CACHE}|shared)(\.v[24])?\.b\d+",
+    "st": rf"(global{_CACHE}|shared)(\.v[24])?\.b\d+",
+    "cp": r"async\.bulk\.prefetch\.L2\.global",
+    "ldmatrix": r"sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16",
+    "stmatrix": r"sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16",
+    "bar": "sync",
+    "shfl": r"sync\.bfly\.b32",
+    "redux": r"sync\.add\.[su]32",
+    "mov": r"[bsuf]\d+|pred",
+    "cvt": rf"[su]\d+\.[su]\d+|{_WIDENED}|rn\.({_ROUNDED})|rzi\.s64\.f64",
+    "selp": r"[bsuf]\d+",
+    "setp": r"(eq|ne|lt|le|gt|ge)(\.[bsu]\d+|u?\.(f\d+|bf16))|(num|nan)\.f(32|64)|eq\.f16x2",
+    "prmt": "b32",
+    "bfe": r"[su](32|64)",
+    "lop3": "b32",
+    "add": rf"{_INTEGER}|rn\.f(32|64)",
+    "sub": rf"{_INTEGER}|rn\.f(32|64)",
+    "mul": rf"(lo|wide)\.{_INTEGER}|rn\.f(32|64)",
+    "mad": rf"(lo|wide)\.{_INTEGER}",
+    "fma": r"rn\.f(32|64)",
+    "div": rf"{_INTEGER}|rn\.f(32|64)",
+    "sqrt": r"approx\.ftz\.f32|rn\.f(32|64)",
+    "rcp": r"approx\.ftz\.f32",
+    "neg": r"[sf](32|64)",
+    "abs": r"[sf](32|64)",
+    **dict.fromkeys(("min", "max"), rf"{_INTEGER}|(NaN\.)?f(32|64)"),
+    **dict.fromkeys(("and", "or", "xor", "not"), r"b\d+|pred"),
+    "shl": r"b\d+",
+    "shr": r"[su]\d+",
+    "bra": "(uni)?",
+    "brx": "idx",
+    "ret": "",
+}
+_NO_RESULT = ("st", "cp", "stmatrix", "bar", "bra", "brx", "ret")
 
 
 class Region(NamedTuple):
@@ -54,7 +95,7 @@ def region(address: int, size: int) -> Region:
 @functools.cache
 def bits_of(name: str) -> int:
     """Width of a type, such as 32 of "s32"; 1 of a predicate."""
-    return 1 if name == "pred" else int(re.sub(r"\D", "", name.removesuffix("x2")))
+    return 1 if name == "pred" else int(name.lstrip("bfsu"))
 
 
 @functools.cache
@@ -104,6 +145,13 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     return (a.astype(np.longdouble) * b + c).astype(np.float64)
 
 
+def nvidias_nan(x: Array) -> Array:
+    """Results of arithmetic: float32 with the one NaN that NVIDIA's has."""
+    if x.dtype != np.float32:
+        return x
+    return np.where(np.isnan(x), np.uint32(0x7FFFFFFF), x.view(np.uint32)).view(np.float32)
+
+
 def flushed(x: Array) -> Array:
     """Subnormal float32 as zeros of their sign."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
@@ -140,7 +188,7 @@ class Instruction(NamedTuple):
 class Program(NamedTuple):
     """An entry function."""
 
-    params: list[tuple[str, str]]  # name and type
+    params: list[str]
     code: list[Instruction]
     labels: dict[str, int]
     tables: dict[str, list[str]]  # of labels
@@ -150,15 +198,14 @@ def parse(text: str) -> Program:
     """The one entry function of a module."""
     text = re.sub(r"//.*", "", text)
     head, body = text.split(".entry", 1)[1].split("\n{", 1)
-    params = re.findall(r"\.param \.(\w+).*? (\w+),?\s*$", head.split(")")[0], re.MULTILINE)
+    params = re.findall(r"\.param .*? (\w+),?\s*$", head.split(")")[0], re.MULTILINE)
     body = re.sub(r"^\s*\.(loc|file|pragma)\b.*$", "", body.split("\n}", 1)[0], flags=re.MULTILINE)
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     tables: dict[str, list[str]] = {}
     for part in " ".join(body.split()).split(";"):
         statement, label = part.strip(), ""
-        # labels, and the braces of scopes, which are not those of vectors
-        while (match := re.match(r"[{}]\s*(?![%_])|([$\w]+):\s*", statement)) is not None:
+        while (match := re.match(r"[{}]\s*|([$\w]+):\s*", statement)) is not None:  # or a scope's
             if label := match[1] or label:
                 labels[label] = len(code)
             statement = statement[match.end() :]
@@ -166,14 +213,31 @@ def parse(text: str) -> Program:
             tables[label] = re.findall(r"\$\w+", statement)
         elif statement and not statement.startswith("."):
             code.append(_instruction(statement))
-    return Program([(name, kind) for kind, name in params], code, labels, tables)
+    assert code[-1].op[0] in ("ret", "bra"), "the code ends in the middle"
+    written = {x for i in code if i.op[0] not in _NO_RESULT for x in _registers(i.operands[:1])}
+    for i in code:
+        if i.op[0] == "mov" and i.operands[1][0] == "{":
+            continue  # a half that no one wants is nobody's
+        read = _registers([*i.operands[i.op[0] not in _NO_RESULT :], i.guard or ""])
+        assert set(read) <= written | _SPECIAL, f"nothing writes what {i.text!r} reads"
+    return Program(params, code, labels, tables)
+
+
+_SPECIAL = {"%tid", "%ctaid", "%nctaid", "%ntid"}
+
+
+def _registers(operands: Iterable[str]) -> list[str]:
+    return re.findall(r"%\w+", " ".join(operands))
 
 
 def _instruction(text: str) -> Instruction:
     match = re.match(r"(?:@(!?[%\w]+)\s+)?(\S+)\s*(.*)$", text)
     assert match is not None, text
+    name, _, form = match[2].replace("::", ".").partition(".")
+    if not re.fullmatch(_FORMS[name], form):
+        raise NotImplementedError(text)
     operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", match[3])
-    return Instruction(text, match[1], match[2].replace("::", ".").split("."), operands)
+    return Instruction(text, match[1], [name, *form.split(".")], operands)
 
 
 class Machine:
@@ -219,11 +283,12 @@ class Machine:
 
     def _run(self, program: Program, programs: int) -> None:
         self._registers: dict[str, Array] = {}
-        self._shared = np.zeros(programs * self._shared_bytes, dtype=np.uint8)
+        self._shared = np.full(programs * self._shared_bytes, 0xA5, dtype=np.uint8)
         at = np.zeros(self.threads, dtype=np.int64)
         end = len(program.code)
         with np.errstate(all="ignore"):
             while (at < end).any():
+                self._ended = at >= end
                 here = int(at.min())
                 lanes = at == here
                 others = at[~lanes]
@@ -244,7 +309,9 @@ class Machine:
                     target = program.labels[instruction.operands[0]]
                 elif name == "brx":
                     table = [program.labels[x] for x in program.tables[instruction.operands[1]]]
-                    target = np.array(table)[self._get(instruction.operands[0], "u32")]
+                    index = self._wide(self._get(instruction.operands[0], "u32"))
+                    here = self._everyone if lanes is None else lanes
+                    target = np.array(table)[np.where(here, index, 0)]
                 here = self._everyone if lanes is None else lanes
                 goes = here if active is None else here & active
                 where[here] = np.where(goes, target, at)[here]
@@ -252,10 +319,9 @@ class Machine:
             if active is not None and not active.any():
                 continue
             try:
-                getattr(self, f"_{name}")(instruction, active)
-            except Exception as error:
-                error.add_note(f"in {instruction.text!r}")
-                raise
+                getattr(self, f"_do_{name}")(instruction, active)
+            except (IndexError, ValueError) as error:
+                raise type(error)(f"{error}, in {instruction.text!r}") from error
         where[slice(None) if lanes is None else lanes] = at
 
     def _guarded(self, guard: str | None, lanes: Lanes) -> Lanes:
@@ -277,8 +343,7 @@ class Machine:
             return np.zeros(1, dtype)
         if re.match(r"-?\d|0[xfd]", operand):
             return _immediate(operand, dtype)
-        bits = self._registers.get(operand, _JUNK.get(operand.rstrip("0123456789")))
-        assert bits is not None, operand
+        bits = self._registers.get(operand, _junk(operand))
         if dtype.itemsize < bits.itemsize:
             bits = bits.astype(_UNSIGNED[8 * dtype.itemsize])
         return bits.view(dtype)
@@ -287,6 +352,7 @@ class Machine:
         """Into a register, whose width is its name's."""
         if operand == "_":
             return
+        assert re.fullmatch(r"[%\w]+", operand), operand
         if values.dtype.kind != "b":
             size = {"%rs": 16, "%r": 32, "%rd": 64}.get(operand.rstrip("0123456789"), 0)
             size = max(size, 8 * values.itemsize)
@@ -296,8 +362,7 @@ class Machine:
             values = values.astype(_UNSIGNED[size])
         values = self._wide(values)
         if lanes is not None:
-            old = self._registers.get(operand)
-            values = np.where(lanes, values, np.zeros_like(values) if old is None else old)
+            values = np.where(lanes, values, self._registers.get(operand, _junk(operand)))
         self._registers[operand] = values
 
     def _wide(self, values: Array) -> Array:
@@ -346,6 +411,7 @@ class Machine:
     ) -> list[tuple[Array, Array, Array]]:
         if "global" in op:
             return self._spans(address, size, lanes)
+        assert "shared" in op, op
         active = self._everyone if lanes is None else lanes
         return [(self._shared, self._in_shared(address, size, active), active)]
 
@@ -356,7 +422,7 @@ class Machine:
             raise IndexError(f"shared memory has no {size} bytes at {at.max()}")
         return at + self._program[active].astype(np.int64) * self._shared_bytes
 
-    def _ld(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_ld(self, i: Instruction, lanes: Lanes) -> None:
         kind, to = i.op[-1], _vector(i.operands[0])
         dtype = dtype_of(kind)
         if "param" in i.op:
@@ -370,7 +436,7 @@ class Machine:
         for k, register in enumerate(to):
             self._put(register, values[:, k], lanes)
 
-    def _st(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_st(self, i: Instruction, lanes: Lanes) -> None:
         kind, of = i.op[-1], _vector(i.operands[1])
         columns = [self._wide(self._get(x, kind)) for x in of]
         values = np.ascontiguousarray(np.stack(columns, 1)).view(np.uint8)
@@ -378,8 +444,7 @@ class Machine:
         for data, offsets, own in self._space(i.op, self._address(i.operands[0]), size, lanes):
             data[offsets[:, None] + np.arange(size)] = values[own]
 
-    def _cp(self, i: Instruction, lanes: Lanes) -> None:
-        assert i.op[1:] == ["async", "bulk", "prefetch", "L2", "global"], i.text
+    def _do_cp(self, i: Instruction, lanes: Lanes) -> None:
         address, sizes = self._address(i.operands[0]), self._get(i.operands[1], "u32")
         active = self._everyone if lanes is None else lanes
         for thread in np.flatnonzero(active):
@@ -394,9 +459,8 @@ class Machine:
                 raise IndexError(f"a prefetch of {size} bytes at {begin:#x}, in no tensor")
             self.prefetched.append((begin, size))
 
-    def _ldmatrix(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_ldmatrix(self, i: Instruction, lanes: Lanes) -> None:
         """Four 8x8 matrices of 16 bits; thread 8k + r has the address of row r of the k-th."""
-        assert i.op[:5] == ["ldmatrix", "sync", "aligned", "m8n8", "x4"], i.text
         offsets, warps = self._rows(i.operands[1], lanes)
         rows = self._shared[offsets[..., None] + np.arange(16)].view(np.uint16)  # [warp, 4, 8, 8]
         if "trans" in i.op:
@@ -407,8 +471,7 @@ class Machine:
             values[warps] = pairs[:, k].reshape(-1, WARP)
             self._put(register, values.reshape(-1), lanes)
 
-    def _stmatrix(self, i: Instruction, lanes: Lanes) -> None:
-        assert i.op[:5] == ["stmatrix", "sync", "aligned", "m8n8", "x4"], i.text
+    def _do_stmatrix(self, i: Instruction, lanes: Lanes) -> None:
         offsets, warps = self._rows(i.operands[0], lanes)
         registers = [self._get(x, "b32").reshape(-1, WARP)[warps] for x in _vector(i.operands[1])]
         pairs = np.stack([r.reshape(-1, 8, 4) for r in registers], 1)  # [warp, 4, 8, 4]
@@ -426,23 +489,25 @@ class Machine:
 
     # What threads do together
 
-    def _bar(self, i: Instruction, lanes: Lanes) -> None:
-        """All that are left are here: who is behind goes first."""
+    def _do_bar(self, i: Instruction, lanes: Lanes) -> None:
+        """Who is behind goes first: so all of a program that have not ended are here, or none."""
+        if lanes is not None:
+            programs = np.zeros(int(self._program.max()) + 1, dtype=bool)
+            programs[self._program[lanes]] = True
+            assert not (programs[self._program] & ~lanes & ~self._ended).any(), i.text
 
-    def _shfl(self, i: Instruction, lanes: Lanes) -> None:
-        assert i.op[:3] == ["shfl", "sync", "bfly"], i.text
+    def _do_shfl(self, i: Instruction, lanes: Lanes) -> None:
         other = self._lane ^ int(i.operands[2], 0)
         self._put(i.operands[0], self._get(i.operands[1], "b32")[other], lanes)
 
-    def _redux(self, i: Instruction, lanes: Lanes) -> None:
-        assert i.op[2] == "add", i.text
+    def _do_redux(self, i: Instruction, lanes: Lanes) -> None:
         values = self._get(i.operands[1], "u32").reshape(-1, WARP)
         total = values.sum(1, dtype=np.uint64).astype(np.uint32)
         self._put(i.operands[0], total.repeat(WARP), lanes)
 
     # Moves and conversions
 
-    def _mov(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_mov(self, i: Instruction, lanes: Lanes) -> None:
         to, of = i.operands
         if to[0] == "{":
             parts = _vector(to)
@@ -461,35 +526,39 @@ class Machine:
         else:
             self._put(to, self._get(of, i.op[1]), lanes)
 
-    def _cvt(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_cvt(self, i: Instruction, lanes: Lanes) -> None:
         target, source = i.op[-2:]
-        x = self._get(i.operands[1], source)
+        x = self._get(i.operands[1], "b16" if source == "bf16" else source)
         if source == "bf16":
             x = from_bf16(x)
         if target in ("bf16x2", "f16x2"):
             low = self._get(i.operands[2], source)
-            halves = [to_bf16(h) if target == "bf16x2" else h.astype(np.float16) for h in (low, x)]
-            low16, high16 = (h.view(np.uint16).astype(np.uint32) for h in halves)
+            low16, high16 = (_to_half(h, target[:-2]).astype(np.uint32) for h in (low, x))
             self._put(i.operands[0], low16 | (high16 << np.uint32(16)), lanes)
-        elif target == "bf16":
-            self._put(i.operands[0], to_bf16(to_odd32(x) if source == "f64" else x), lanes)
+        elif target in ("bf16", "f16"):
+            self._put(i.operands[0], _to_half(x, target), lanes)
         else:
-            assert x.dtype.kind != "f" or target[0] == "f" or "rzi" in i.op, i.text
             self._put(i.operands[0], x.astype(dtype_of(target)), lanes)
 
-    def _selp(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_selp(self, i: Instruction, lanes: Lanes) -> None:
         a, b = (self._get(x, i.op[1]) for x in i.operands[1:3])
         self._put(i.operands[0], np.where(self._get(i.operands[3], "pred"), a, b), lanes)
 
-    def _setp(self, i: Instruction, lanes: Lanes) -> None:
-        assert len(i.op) == 3, i.text
-        a, b = (self._get(x, i.op[2]) for x in i.operands[1:3])
+    def _do_setp(self, i: Instruction, lanes: Lanes) -> None:
+        if i.op[2] == "f16x2":
+            a, b = (self._wide(self._get(x, "b32")) for x in i.operands[1:3])
+            halves = (x.view(np.float16).reshape(-1, 2) for x in map(np.ascontiguousarray, (a, b)))
+            both = compare(i.op[1], *halves)
+            for k, register in enumerate(i.operands[0].split("|")):
+                self._put(register, both[:, k], lanes)
+            return
+        kind = "b16" if i.op[2] == "bf16" else i.op[2]
+        a, b = (self._get(x, kind) for x in i.operands[1:3])
         if i.op[2] == "bf16":
             a, b = from_bf16(a), from_bf16(b)
         self._put(i.operands[0], compare(i.op[1], a, b), lanes)
 
-    def _prmt(self, i: Instruction, lanes: Lanes) -> None:
-        assert i.op == ["prmt", "b32"], i.text
+    def _do_prmt(self, i: Instruction, lanes: Lanes) -> None:
         a, b, selector = (self._get(x, "b32").astype(np.uint64) for x in i.operands[1:4])
         pool, result = a | (b << np.uint64(32)), np.zeros(1, np.uint64)
         for k in range(4):
@@ -500,13 +569,13 @@ class Machine:
             result = result | (byte << np.uint64(8 * k))
         self._put(i.operands[0], result.astype(np.uint32), lanes)
 
-    def _bfe(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_bfe(self, i: Instruction, lanes: Lanes) -> None:
         x = self._get(i.operands[1], i.op[1])
         begin, size = (self._get(o, "u32").astype(x.dtype) for o in i.operands[2:4])
         above = x.dtype.type(8 * x.itemsize) - begin - size
         self._put(i.operands[0], x << above >> above + begin, lanes)  # a sign spreads
 
-    def _lop3(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_lop3(self, i: Instruction, lanes: Lanes) -> None:
         a, b, c = (self._get(x, "b32") for x in i.operands[1:4])
         table, result = int(i.operands[4], 0), np.zeros(1, np.uint32)
         for k in range(8):
@@ -519,88 +588,99 @@ class Machine:
 
     def _binary(self, i: Instruction, lanes: Lanes, call: Callable[[Any, Any], Any]) -> None:
         a, b = (self._get(x, i.op[-1]) for x in i.operands[1:3])
-        self._put(i.operands[0], call(a, b), lanes)
+        self._put(i.operands[0], nvidias_nan(call(a, b)), lanes)
 
     def _unary(self, i: Instruction, lanes: Lanes, call: Callable[[Any], Any]) -> None:
         self._put(i.operands[0], call(self._get(i.operands[1], i.op[-1])), lanes)
 
-    def _add(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_add(self, i: Instruction, lanes: Lanes) -> None:
         self._binary(i, lanes, np.add)
 
-    def _sub(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_sub(self, i: Instruction, lanes: Lanes) -> None:
         self._binary(i, lanes, np.subtract)
 
-    def _mul(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_mul(self, i: Instruction, lanes: Lanes) -> None:
         if "wide" in i.op:
             a, b = (_widened(self._get(x, i.op[-1])) for x in i.operands[1:3])
             self._put(i.operands[0], a * b, lanes)
         else:
-            assert "hi" not in i.op, i.text
             self._binary(i, lanes, np.multiply)
 
-    def _mad(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_mad(self, i: Instruction, lanes: Lanes) -> None:
         a, b = (self._get(x, i.op[-1]) for x in i.operands[1:3])
         kind = i.op[-1]
         if "wide" in i.op:
             a, b, kind = _widened(a), _widened(b), f"{kind[0]}64"
         self._put(i.operands[0], a * b + self._get(i.operands[3], kind), lanes)
 
-    def _fma(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_fma(self, i: Instruction, lanes: Lanes) -> None:
         a, b, c = (self._get(x, i.op[-1]) for x in i.operands[1:4])
-        self._put(i.operands[0], (fma32 if i.op[-1] == "f32" else fma64)(a, b, c), lanes)
+        self._put(
+            i.operands[0], nvidias_nan((fma32 if i.op[-1] == "f32" else fma64)(a, b, c)), lanes
+        )
 
-    def _div(self, i: Instruction, lanes: Lanes) -> None:
-        assert "rn" in i.op, i.text
-        self._binary(i, lanes, np.divide)
+    def _do_div(self, i: Instruction, lanes: Lanes) -> None:
+        whole = i.op[-1][0] != "f"  # towards 0
+        self._binary(i, lanes, lambda a, b: (a - np.fmod(a, b)) // b if whole else a / b)
 
-    def _sqrt(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_sqrt(self, i: Instruction, lanes: Lanes) -> None:
         if "ftz" in i.op:
-            self._unary(i, lanes, lambda x: flushed(np.sqrt(flushed(x))))
+            self._unary(i, lanes, lambda x: nvidias_nan(flushed(np.sqrt(flushed(x)))))
         else:
-            self._unary(i, lanes, np.sqrt)
+            self._unary(i, lanes, lambda x: nvidias_nan(np.sqrt(x)))
 
-    def _rcp(self, i: Instruction, lanes: Lanes) -> None:
-        assert i.op[1:] == ["approx", "ftz", "f32"], i.text
-        self._unary(i, lanes, lambda x: flushed(np.float32(1) / flushed(x)))
+    def _do_rcp(self, i: Instruction, lanes: Lanes) -> None:
+        self._unary(i, lanes, lambda x: nvidias_nan(flushed(np.float32(1) / flushed(x))))
 
-    def _neg(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_neg(self, i: Instruction, lanes: Lanes) -> None:
         self._unary(i, lanes, np.negative)
 
-    def _abs(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_abs(self, i: Instruction, lanes: Lanes) -> None:
         self._unary(i, lanes, np.abs)
 
-    def _min(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_min(self, i: Instruction, lanes: Lanes) -> None:
         of_numbers = np.minimum if "NaN" in i.op or i.op[-1][0] != "f" else np.fmin
         self._binary(i, lanes, of_numbers)
 
-    def _max(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_max(self, i: Instruction, lanes: Lanes) -> None:
         of_numbers = np.maximum if "NaN" in i.op or i.op[-1][0] != "f" else np.fmax
         self._binary(i, lanes, of_numbers)
 
-    def _and(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_and(self, i: Instruction, lanes: Lanes) -> None:
         self._binary(i, lanes, np.bitwise_and)
 
-    def _or(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_or(self, i: Instruction, lanes: Lanes) -> None:
         self._binary(i, lanes, np.bitwise_or)
 
-    def _xor(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_xor(self, i: Instruction, lanes: Lanes) -> None:
         self._binary(i, lanes, np.bitwise_xor)
 
-    def _not(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_not(self, i: Instruction, lanes: Lanes) -> None:
         self._unary(i, lanes, np.invert)
 
-    def _shl(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_shl(self, i: Instruction, lanes: Lanes) -> None:
         x, by, size = self._shift(i)
         shifted = np.where(by < size, x << by.astype(x.dtype), x.dtype.type(0))
         self._put(i.operands[0], shifted, lanes)
 
-    def _shr(self, i: Instruction, lanes: Lanes) -> None:
+    def _do_shr(self, i: Instruction, lanes: Lanes) -> None:
         x, by, size = self._shift(i)
         gone = x >> x.dtype.type(size - 1) if x.dtype.kind == "i" else x.dtype.type(0)
         self._put(i.operands[0], np.where(by < size, x >> by.astype(x.dtype), gone), lanes)
 
     def _shift(self, i: Instruction) -> tuple[Array, Array, int]:
         return self._get(i.operands[1], i.op[1]), self._get(i.operands[2], "u32"), bits_of(i.op[1])
+
+
+def _junk(register: str) -> Array:
+    return _JUNK.get(register.rstrip("0123456789"), np.array([True]))
+
+
+def _to_half(x: Array, kind: str) -> Array:
+    """Bits of float16 or bfloat16."""
+    if kind == "bf16":
+        return to_bf16(to_odd32(x) if x.dtype == np.float64 else x)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
 
 
 def _vector(operand: str) -> list[str]:

@@ -85,6 +85,10 @@ def _rank(
     # Ranks have CPU tensors. Beside a GPU torch 2.11 takes it for theirs, and crashes when it
     # gathers a state dict.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if architecture := os.environ.get("FUSED_ADAMW_PTX"):  # left by conftest.py, for us
+        import ptx_device
+
+        ptx_device.Device(pytest.MonkeyPatch(), architecture)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

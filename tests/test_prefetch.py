@@ -1,12 +1,11 @@
 """kernels/prefetch.py: what is asked for lies where it will be read, and nowhere else.
 
 The instruction itself is NVIDIA's: the interpreter notes what it would be given, and tests/ptx.py,
-where FUSED_ADAMW_PTX asks for it, what it is given.
+with --ptx, what it is given.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import Any
 
@@ -52,7 +51,11 @@ class Noted:
     """One step, and what was prefetched in it."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, optimizer: FusedAdamW, per_chunk: int
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        as_compiled: Any,
+        optimizer: FusedAdamW,
+        per_chunk: int,
     ) -> None:
         self.asked: list[tuple[int, int]] = []
         adamw = load_kernels(torch.device("cpu")).adamw
@@ -74,16 +77,12 @@ class Noted:
             patch.setattr(planning, "launch_parameters", lambda _: own)
             patch.setattr(adamw, "_prefetches", lambda table, _: table.ahead > 0)
             optimizer._plan = None  # it may be one without prefetches
-            if os.environ.get("FUSED_ADAMW_PTX"):
-                import ptx_device
-
-                ptx_device.prefetched.clear()
-                optimizer.step()
-                self.asked = [(begin, begin + size) for begin, size in ptx_device.prefetched]
-            else:
+            if as_compiled is None:
                 patch.setitem(module, "_ask", note)
                 patch.setitem(module, "_is_first_thread", lambda: True)
-                optimizer.step()
+            optimizer.step()
+        if as_compiled is not None:  # the update is the last launch
+            self.asked = [(begin, begin + size) for begin, size in as_compiled.prefetched]
         assert optimizer._plan is not None
         (self.table,) = optimizer._plan.tables.values()
         (launcher,) = optimizer._launchers.values()
@@ -114,10 +113,10 @@ def interpreted(device: torch.device) -> None:
 @pytest.mark.parametrize("per_chunk", [1, 16])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_later_programs_read_is_asked_for(
-    name: str, per_chunk: int, monkeypatch: pytest.MonkeyPatch
+    name: str, per_chunk: int, monkeypatch: pytest.MonkeyPatch, as_compiled: Any
 ) -> None:
     params, optimizer = make(name)
-    noted = Noted(monkeypatch, optimizer, per_chunk)
+    noted = Noted(monkeypatch, as_compiled, optimizer, per_chunk)
     table, ahead = noted.table, noted.table.ahead
     assert ahead % per_chunk == 0
     assert 0 < 3 * ahead < table.n_programs
@@ -176,12 +175,14 @@ def test_what_later_programs_read_is_asked_for(
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_nothing_else_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_else_is_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch, as_compiled: Any
+) -> None:
     """Past the end of its memory an address may belong to no one; in whole 16 bytes it cannot."""
     params, optimizer = make(name)
     optimizer.step()
     params[3].grad = None  # its address is 0 then
-    noted = Noted(monkeypatch, optimizer, 2)
+    noted = Noted(monkeypatch, as_compiled, optimizer, 2)
     elements = [x for p in params for x in streams(optimizer, p)]
     for begin, end in noted.asked:
         assert any(
