@@ -16,6 +16,7 @@ import pytest
 import torch
 
 ON_CUDA = torch.cuda.is_available()
+PTX_DEVICE = pytest.StashKey[Any]()
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and so do their processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -45,11 +46,8 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     compiled = config.stash.get(PTX_DEVICE, None)
-    if compiled is not None:  # of this process: those of xdist have theirs
+    if compiled is not None and compiled.launches:  # xdist's processes have theirs
         terminalreporter.write_line(f"launches of {compiled.architecture}: {compiled.launches}")
-
-
-PTX_DEVICE = pytest.StashKey[Any]()
 
 
 @pytest.fixture

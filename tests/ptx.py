@@ -5,7 +5,8 @@ and everything else that the compiler makes of it are first seen here. All threa
 go through the code at once, as lanes of numpy arrays; where they part, those behind go first. What
 a GPU would refuse is an error: an access outside of the tensors there are, or one that is not
 aligned to its size. So is an instruction, or a form of it, that is not known here. A register that
-nobody has written has junk in it, and so has shared memory. Races are not seen.
+nobody has written has junk in it, and so has shared memory. A program that writes what another one
+of its launch reads or writes is an error, too; races within a program are not seen.
 
 Arithmetic is IEEE's and to the bit, NaN NVIDIA's, but for the approximate root and reciprocal,
 which are rounded correctly here, and fma in float64, which is rounded to 64 bits first. Cache hints
@@ -240,6 +241,14 @@ def _instruction(text: str) -> Instruction:
     return Instruction(text, match[1], [name, *form.split(".")], operands)
 
 
+class Span(NamedTuple):
+    """What some threads access in one region."""
+
+    region: Region
+    bytes: Array  # offsets, [threads, size]
+    threads: Array  # which, bool
+
+
 class Machine:
     """A GPU's memory, and some programs' worth of threads, their registers and shared memory.
 
@@ -251,6 +260,7 @@ class Machine:
     ) -> None:
         self.prefetched: list[tuple[int, int]] = []  # first address, number of bytes
         self._more = more
+        self._touched: dict[int, Array] = {}  # by region: who has read and written each byte
         self._set(regions)
 
     def _set(self, regions: Iterable[Region]) -> None:
@@ -263,6 +273,7 @@ class Machine:
     ) -> None:
         """Execute all programs of a grid, of so many threads and bytes of shared memory each."""
         self._arguments, self._shared_bytes = arguments, shared
+        self._touched.clear()
         for first in range(0, programs, AT_ONCE):
             here = min(AT_ONCE, programs - first)
             self._lane = np.arange(here * threads, dtype=np.uint32)
@@ -378,8 +389,7 @@ class Machine:
 
     # Memory
 
-    def _spans(self, address: Array, size: int, lanes: Lanes) -> list[tuple[Array, Array, Array]]:
-        """Bytes of a region, offsets, and the threads that access there."""
+    def _spans(self, address: Array, size: int, lanes: Lanes) -> list[Span]:
         active = self._everyone if lanes is None else lanes
         number, wrong = self._find(address, size, active)
         for regions in self._more() if wrong.any() else ():
@@ -396,8 +406,30 @@ class Machine:
         for n in np.unique(number[active]):
             own = active & (number == n)
             offsets = (address[own] - self._begins[n]).astype(np.int64)
-            spans.append((self.regions[n].data, offsets, own))
+            spans.append(Span(self.regions[n], offsets[:, None] + np.arange(size), own))
         return spans
+
+    def _note(self, span: Span, writes: bool) -> None:
+        """Raise RuntimeError where a program writes what another one reads or writes."""
+        begin, data = span.region.begin, span.region.data
+        if begin < 0:  # shared memory
+            return
+        if begin not in self._touched:
+            self._touched[begin] = np.zeros((2, len(data)), np.int32)
+        read_by, written_by = self._touched[begin]
+        own = self._special["%ctaid.x"][span.threads].astype(np.int32) + 1
+        who = np.broadcast_to(own[:, None], span.bytes.shape)
+        race = _others(written_by[span.bytes], who)
+        if writes:
+            race |= _others(read_by[span.bytes], who)
+            written_by[span.bytes] = who
+            race |= _others(written_by[span.bytes], who)  # at the same time
+        else:
+            before = read_by[span.bytes]
+            read_by[span.bytes] = np.where((before == 0) | (before == who), who, -1)
+            read_by[span.bytes[read_by[span.bytes] != who]] = -1  # several
+        if race:
+            raise RuntimeError("a program writes what another one reads or writes")
 
     def _find(self, address: Array, size: int, active: Array) -> tuple[Array, Array]:
         """Numbers of regions, and which active threads find none."""
@@ -406,14 +438,14 @@ class Machine:
             return number, active
         return number, active & ((number < 0) | (address + np.uint64(size) > self._ends[number]))
 
-    def _space(
-        self, op: Sequence[str], address: Array, size: int, lanes: Lanes
-    ) -> list[tuple[Array, Array, Array]]:
+    def _space(self, op: Sequence[str], address: Array, size: int, lanes: Lanes) -> list[Span]:
         if "global" in op:
             return self._spans(address, size, lanes)
         assert "shared" in op, op
         active = self._everyone if lanes is None else lanes
-        return [(self._shared, self._in_shared(address, size, active), active)]
+        offsets = self._in_shared(address, size, active)
+        shared = Region(-1, -1, self._shared)
+        return [Span(shared, offsets[:, None] + np.arange(size), active)]
 
     def _in_shared(self, address: Array, size: int, active: Array) -> Array:
         """Offsets in the shared memory of all programs, one behind the other."""
@@ -431,8 +463,9 @@ class Machine:
             return
         size = dtype.itemsize * len(to)
         values = np.zeros((self.threads, len(to)), dtype)
-        for data, offsets, own in self._space(i.op, self._address(i.operands[1]), size, lanes):
-            values[own] = data[offsets[:, None] + np.arange(size)].view(dtype)
+        for span in self._space(i.op, self._address(i.operands[1]), size, lanes):
+            self._note(span, writes=False)
+            values[span.threads] = span.region.data[span.bytes].view(dtype)
         for k, register in enumerate(to):
             self._put(register, values[:, k], lanes)
 
@@ -441,8 +474,9 @@ class Machine:
         columns = [self._wide(self._get(x, kind)) for x in of]
         values = np.ascontiguousarray(np.stack(columns, 1)).view(np.uint8)
         size = values.shape[1]
-        for data, offsets, own in self._space(i.op, self._address(i.operands[0]), size, lanes):
-            data[offsets[:, None] + np.arange(size)] = values[own]
+        for span in self._space(i.op, self._address(i.operands[0]), size, lanes):
+            self._note(span, writes=True)
+            span.region.data[span.bytes] = values[span.threads]
 
     def _do_cp(self, i: Instruction, lanes: Lanes) -> None:
         address, sizes = self._address(i.operands[0]), self._get(i.operands[1], "u32")
@@ -681,6 +715,10 @@ def _to_half(x: Array, kind: str) -> Array:
     if kind == "bf16":
         return to_bf16(to_odd32(x) if x.dtype == np.float64 else x)
     return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
+
+
+def _others(programs: Array, who: Array) -> bool:
+    return bool(((programs != 0) & (programs != who)).any())
 
 
 def _vector(operand: str) -> list[str]:

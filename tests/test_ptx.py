@@ -48,7 +48,7 @@ $L__end:
 """
 
 
-def run_copy(stride: int, numel: int = 32) -> torch.Tensor:
+def run_copy(stride: int, numel: int = 32, programs: int = 1) -> torch.Tensor:
     """32 threads: the first 20 copy a number each, the others write their own."""
     source, target = (
         torch.arange(100, 132, dtype=torch.int32),
@@ -57,7 +57,7 @@ def run_copy(stride: int, numel: int = 32) -> torch.Tensor:
     regions = [ptx.region(x.data_ptr(), x.nbytes) for x in (source, target)]
     code = ptx.parse(COPY.replace("STRIDE", str(stride)))
     arguments = {"source": source.data_ptr(), "target": target.data_ptr()}
-    ptx.Machine(regions, lambda: ()).launch(code, arguments, programs=1, threads=32, shared=0)
+    ptx.Machine(regions, lambda: ()).launch(code, arguments, programs, threads=32, shared=0)
     return target
 
 
@@ -70,6 +70,11 @@ def test_accesses_outside_of_tensors_and_across_words_are_errors() -> None:
         run_copy(4, numel=31)
     with pytest.raises(ValueError, match="not a multiple of 4"):
         run_copy(2)
+
+
+def test_programs_that_write_to_the_same_place_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="another one reads or writes"):
+        run_copy(4, programs=2)
 
 
 def test_fma_rounds_once() -> None:
