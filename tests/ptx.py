@@ -58,11 +58,11 @@ _FORMS = {
     "prmt": "b32",
     "bfe": r"[su](32|64)",
     "lop3": "b32",
-    "add": rf"{_INTEGER}|rn\.f(32|64)",
-    "sub": rf"{_INTEGER}|rn\.f(32|64)",
-    "mul": rf"(lo|wide)\.{_INTEGER}|rn\.f(32|64)",
+    "add": rf"{_INTEGER}|rn\.f(32|64|32x2)",
+    "sub": rf"{_INTEGER}|rn\.f(32|64|32x2)",
+    "mul": rf"(lo|wide)\.{_INTEGER}|rn\.f(32|64|32x2)",
     "mad": rf"(lo|wide)\.{_INTEGER}",
-    "fma": r"rn\.f(32|64)",
+    "fma": r"rn\.f(32|64|32x2)",
     "div": rf"{_INTEGER}|rn\.f(32|64)",
     "sqrt": r"approx\.ftz\.f32|rn\.f(32|64)",
     "rcp": r"approx\.ftz\.f32",
@@ -314,16 +314,15 @@ class Machine:
             name = instruction.op[0]
             active = self._guarded(instruction.guard, lanes)
             at += 1
-            if name in ("bra", "brx", "ret", "exit"):
+            if name in ("bra", "brx", "ret"):
+                here = self._everyone if lanes is None else lanes
                 target: Any = len(program.code)
                 if name == "bra":
                     target = program.labels[instruction.operands[0]]
                 elif name == "brx":
                     table = [program.labels[x] for x in program.tables[instruction.operands[1]]]
                     index = self._wide(self._get(instruction.operands[0], "u32"))
-                    here = self._everyone if lanes is None else lanes
                     target = np.array(table)[np.where(here, index, 0)]
-                here = self._everyone if lanes is None else lanes
                 goes = here if active is None else here & active
                 where[here] = np.where(goes, target, at)[here]
                 return
@@ -390,6 +389,7 @@ class Machine:
     # Memory
 
     def _spans(self, address: Array, size: int, lanes: Lanes) -> list[Span]:
+        """Of global memory, by region."""
         active = self._everyone if lanes is None else lanes
         number, wrong = self._find(address, size, active)
         for regions in self._more() if wrong.any() else ():
@@ -620,9 +620,19 @@ class Machine:
 
     # Arithmetic and logic
 
+    def _numbers(self, operand: str, kind: str) -> Array:
+        """As `_get`; float32 pairs of 64 bits, Blackwell's, as [2 * threads]."""
+        if kind != "f32x2":
+            return self._get(operand, kind)
+        return np.ascontiguousarray(self._wide(self._get(operand, "b64"))).view(np.float32)
+
+    def _put_result(self, i: Instruction, result: Array, lanes: Lanes) -> None:
+        result = nvidias_nan(result)
+        self._put(i.operands[0], result.view(np.uint64) if i.op[-1] == "f32x2" else result, lanes)
+
     def _binary(self, i: Instruction, lanes: Lanes, call: Callable[[Any, Any], Any]) -> None:
-        a, b = (self._get(x, i.op[-1]) for x in i.operands[1:3])
-        self._put(i.operands[0], nvidias_nan(call(a, b)), lanes)
+        a, b = (self._numbers(x, i.op[-1]) for x in i.operands[1:3])
+        self._put_result(i, call(a, b), lanes)
 
     def _unary(self, i: Instruction, lanes: Lanes, call: Callable[[Any], Any]) -> None:
         self._put(i.operands[0], call(self._get(i.operands[1], i.op[-1])), lanes)
@@ -648,10 +658,8 @@ class Machine:
         self._put(i.operands[0], a * b + self._get(i.operands[3], kind), lanes)
 
     def _do_fma(self, i: Instruction, lanes: Lanes) -> None:
-        a, b, c = (self._get(x, i.op[-1]) for x in i.operands[1:4])
-        self._put(
-            i.operands[0], nvidias_nan((fma32 if i.op[-1] == "f32" else fma64)(a, b, c)), lanes
-        )
+        a, b, c = (self._numbers(x, i.op[-1]) for x in i.operands[1:4])
+        self._put_result(i, (fma64 if i.op[-1] == "f64" else fma32)(a, b, c), lanes)
 
     def _do_div(self, i: Instruction, lanes: Lanes) -> None:
         whole = i.op[-1][0] != "f"  # towards 0
