@@ -158,7 +158,7 @@ class Launch(NamedTuple):
     compiled: Any
 
 
-class _Driver:
+class Driver:
     """What Triton asks of a driver in order to compile."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -208,7 +208,7 @@ def launches(target: GPUTarget) -> Iterator[list[Launch]]:
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        enter(mock.patch.object(triton.runtime.driver, "_active", _Driver(target)))
+        enter(mock.patch.object(triton.runtime.driver, "_active", Driver(target)))
         enter(mock.patch.object(torch.version, "hip", "0" if target.backend == "hip" else None))
         for kernel in (adamw._adamw, schedule._schedule, norm._sum_squares):
             kernel.device_caches.clear()  # the device is always 0, whatever the target

@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,6 +75,11 @@ _FORMS = {
     "brx": "idx",
     "ret": "",
 }
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}  # fmt: skip
+_UNARY: dict[str, Callable[[Any], Any]] = {"neg": np.negative, "abs": np.abs, "not": np.invert}
 _NO_RESULT = ("st", "cp", "stmatrix", "bar", "bra", "brx", "ret")
 
 
@@ -174,7 +178,7 @@ def compare(how: str, a: Array, b: Array) -> Array:
         if how.endswith("u"):
             return _COMPARE[how[:-1]](a, b) | unordered
         return _COMPARE[how](a, b) & ~unordered
-    return _COMPARE[{"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(how, how)](a, b)
+    return _COMPARE[how](a, b)
 
 
 class Instruction(NamedTuple):
@@ -268,6 +272,13 @@ class Machine:
         self._begins = np.array([r.begin for r in self.regions], dtype=np.uint64)
         self._ends = np.array([r.end for r in self.regions], dtype=np.uint64)
 
+    def _with_more(self) -> Iterator[None]:
+        """To look for something in the regions as they are, then in more and more of them."""
+        yield
+        for regions in self._more():
+            self._set(regions)
+            yield
+
     def launch(
         self, code: Program, arguments: Mapping[str, int], programs: int, threads: int, shared: int
     ) -> None:
@@ -329,7 +340,12 @@ class Machine:
             if active is not None and not active.any():
                 continue
             try:
-                getattr(self, f"_do_{name}")(instruction, active)
+                if name in _BINARY:
+                    self._binary(instruction, active, _BINARY[name])
+                elif name in _UNARY:
+                    self._unary(instruction, active, _UNARY[name])
+                else:
+                    getattr(self, f"_do_{name}")(instruction, active)
             except (IndexError, ValueError) as error:
                 raise type(error)(f"{error}, in {instruction.text!r}") from error
         where[slice(None) if lanes is None else lanes] = at
@@ -391,13 +407,11 @@ class Machine:
     def _spans(self, address: Array, size: int, lanes: Lanes) -> list[Span]:
         """Of global memory, by region."""
         active = self._everyone if lanes is None else lanes
-        number, wrong = self._find(address, size, active)
-        for regions in self._more() if wrong.any() else ():
-            self._set(regions)
+        for _ in self._with_more():
             number, wrong = self._find(address, size, active)
             if not wrong.any():
                 break
-        if wrong.any():
+        else:
             at = int(address[wrong][0])
             raise IndexError(f"{size} bytes at {at:#x} are in no tensor")
         if (address[active] % np.uint64(size)).any():
@@ -485,9 +499,9 @@ class Machine:
             begin, size = int(address[thread]), int(sizes[thread])
             if begin % 16 or size % 16 or not size:
                 raise ValueError(f"a prefetch of {size} bytes from {begin:#x}")
-            for regions in itertools.chain((self.regions,), self._more()):
+            for _ in self._with_more():
                 # 16 bytes are whole in an allocation of a GPU's, or not in it at all
-                if any(r.begin < begin + 16 and begin + size - 16 < r.end for r in regions):
+                if any(r.begin < begin + 16 and begin + size - 16 < r.end for r in self.regions):
                     break
             else:
                 raise IndexError(f"a prefetch of {size} bytes at {begin:#x}, in no tensor")
@@ -637,12 +651,6 @@ class Machine:
     def _unary(self, i: Instruction, lanes: Lanes, call: Callable[[Any], Any]) -> None:
         self._put(i.operands[0], call(self._get(i.operands[1], i.op[-1])), lanes)
 
-    def _do_add(self, i: Instruction, lanes: Lanes) -> None:
-        self._binary(i, lanes, np.add)
-
-    def _do_sub(self, i: Instruction, lanes: Lanes) -> None:
-        self._binary(i, lanes, np.subtract)
-
     def _do_mul(self, i: Instruction, lanes: Lanes) -> None:
         if "wide" in i.op:
             a, b = (_widened(self._get(x, i.op[-1])) for x in i.operands[1:3])
@@ -666,39 +674,19 @@ class Machine:
         self._binary(i, lanes, lambda a, b: (a - np.fmod(a, b)) // b if whole else a / b)
 
     def _do_sqrt(self, i: Instruction, lanes: Lanes) -> None:
-        if "ftz" in i.op:
-            self._unary(i, lanes, lambda x: nvidias_nan(flushed(np.sqrt(flushed(x)))))
-        else:
-            self._unary(i, lanes, lambda x: nvidias_nan(np.sqrt(x)))
+        x = self._get(i.operands[1], i.op[-1])
+        root = flushed(np.sqrt(flushed(x))) if "ftz" in i.op else np.sqrt(x)
+        self._put_result(i, root, lanes)
 
     def _do_rcp(self, i: Instruction, lanes: Lanes) -> None:
-        self._unary(i, lanes, lambda x: nvidias_nan(flushed(np.float32(1) / flushed(x))))
-
-    def _do_neg(self, i: Instruction, lanes: Lanes) -> None:
-        self._unary(i, lanes, np.negative)
-
-    def _do_abs(self, i: Instruction, lanes: Lanes) -> None:
-        self._unary(i, lanes, np.abs)
+        x = self._get(i.operands[1], i.op[-1])
+        self._put_result(i, flushed(np.float32(1) / flushed(x)), lanes)
 
     def _do_min(self, i: Instruction, lanes: Lanes) -> None:
-        of_numbers = np.minimum if "NaN" in i.op or i.op[-1][0] != "f" else np.fmin
-        self._binary(i, lanes, of_numbers)
+        self._binary(i, lanes, np.fmin if _ignores_nan(i) else np.minimum)
 
     def _do_max(self, i: Instruction, lanes: Lanes) -> None:
-        of_numbers = np.maximum if "NaN" in i.op or i.op[-1][0] != "f" else np.fmax
-        self._binary(i, lanes, of_numbers)
-
-    def _do_and(self, i: Instruction, lanes: Lanes) -> None:
-        self._binary(i, lanes, np.bitwise_and)
-
-    def _do_or(self, i: Instruction, lanes: Lanes) -> None:
-        self._binary(i, lanes, np.bitwise_or)
-
-    def _do_xor(self, i: Instruction, lanes: Lanes) -> None:
-        self._binary(i, lanes, np.bitwise_xor)
-
-    def _do_not(self, i: Instruction, lanes: Lanes) -> None:
-        self._unary(i, lanes, np.invert)
+        self._binary(i, lanes, np.fmax if _ignores_nan(i) else np.maximum)
 
     def _do_shl(self, i: Instruction, lanes: Lanes) -> None:
         x, by, size = self._shift(i)
@@ -725,6 +713,10 @@ def _to_half(x: Array, kind: str) -> Array:
     return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
 
 
+def _ignores_nan(i: Instruction) -> bool:
+    return i.op[-1][0] == "f" and "NaN" not in i.op
+
+
 def _others(programs: Array, who: Array) -> bool:
     return bool(((programs != 0) & (programs != who)).any())
 
@@ -740,7 +732,7 @@ def _widened(x: Array) -> Array:
 def _immediate(text: str, dtype: np.dtype[Any]) -> Array:
     if text[:2] in ("0f", "0d"):
         bits = np.array([int(text[2:], 16)], _UNSIGNED[32 if text[1] == "f" else 64])
-        return bits.view(dtype if dtype.itemsize == bits.itemsize else bits.dtype)
+        return bits.view(dtype)
     if dtype.kind == "b":
         return np.array([int(text, 0) != 0])
     value = int(text.rstrip("U"), 0) % 2 ** (8 * dtype.itemsize)

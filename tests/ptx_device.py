@@ -12,32 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import codegen
 import ptx
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 
 from fused_adamw import launch, plan
 from fused_adamw.kernels import adamw, norm, schedule
-
-
-class Driver:
-    """What Triton asks of a driver in order to compile."""
-
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, ptx.WARP)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class Device:
@@ -56,7 +40,7 @@ class Device:
         cache = Path(tempfile.gettempdir(), f"fused-adamw-ptx-{os.getuid()}")
         patch.setattr(triton.knobs.cache, "dir", str(cache))
         patch.setattr(CUDABackend, "make_cubin", lambda *arguments: b"")
-        driver = Driver(int(architecture.removeprefix("sm_")))
+        driver = codegen.Driver(codegen.TARGETS[architecture])
         patch.setattr(triton.runtime.driver, "_active", driver)
         patch.setattr(triton.JITFunction, "run", self._compile_and_run(triton.JITFunction.run))
         patch.setattr(
@@ -120,7 +104,7 @@ def _parsed(text: str) -> ptx.Program:
 
 def _passed(arguments: Any, types: Any) -> Iterator[int]:
     """What the launch passes: addresses and numbers, but what is compiled in."""
-    for x, kind in zip(arguments, types, strict=False):
+    for x, kind in zip(arguments, types, strict=True):
         if isinstance(kind, tuple):
             yield from _passed(x, kind)
         elif kind != "constexpr":

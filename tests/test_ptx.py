@@ -50,10 +50,8 @@ $L__end:
 
 def run_copy(stride: int, numel: int = 32, programs: int = 1) -> torch.Tensor:
     """32 threads: the first 20 copy a number each, the others write their own."""
-    source, target = (
-        torch.arange(100, 132, dtype=torch.int32),
-        torch.zeros(numel, dtype=torch.int32),
-    )
+    source = torch.arange(100, 132, dtype=torch.int32)
+    target = torch.zeros(numel, dtype=torch.int32)
     regions = [ptx.region(x.data_ptr(), x.nbytes) for x in (source, target)]
     code = ptx.parse(COPY.replace("STRIDE", str(stride)))
     arguments = {"source": source.data_ptr(), "target": target.data_ptr()}
