@@ -56,6 +56,7 @@ DTYPES = {
     "fp64": torch.float64,
     "int8": torch.uint8,
 }
+PREFETCH = "cp.async.bulk.prefetch.L2.global"
 
 
 class Case(NamedTuple):
@@ -145,6 +146,7 @@ class Report:
     instructions_per_element: float | None  # up to the vector path's last store; one signature
     reciprocals: int  # in place of divisions, in NVIDIA's PTX
     prefetches: int  # there, too
+    read_early: int  # instructions before the first prefetch that wait for elements; there, too
     loads: dict[int, int]  # bits -> how many of tensor elements, that is with a lane's own address
     stores: dict[int, int]
 
@@ -287,7 +289,8 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
         instructions=code.instructions if count else None,
         instructions_per_element=cost,
         reciprocals=launch.compiled.asm.get("ptx", "").count("rcp.approx.ftz.f32"),
-        prefetches=launch.compiled.asm.get("ptx", "").count("cp.async.bulk.prefetch.L2.global"),
+        prefetches=launch.compiled.asm.get("ptx", "").count(PREFETCH),
+        read_early=_read_early(launch.compiled.asm.get("ptx", "")),
         loads=code.loads,
         stores=code.stores,
     )
@@ -327,6 +330,20 @@ def _read_nvidia(asm: dict[str, Any], narrow: bool, count: bool) -> _Code:
         loads=_count(bits for kind, bits in widths if kind == "ld"),
         stores=_count(bits for kind, bits in widths if kind == "st"),
     )
+
+
+def _read_early(ptx: str) -> int:
+    """How many instructions before the first prefetch wait for an element."""
+    before, _, behind = ptx.partition(PREFETCH)
+    loaded: set[str] = set()
+    early = 0
+    for line in before.splitlines() if behind else ():
+        _, _, of = line.partition("[" if "st." in line else ",")
+        if re.match(r"\s*@%p\d+ ld\.global", line):
+            loaded.update(re.findall(r"%\w+", line[line.index("{") : line.index("}")]))
+        else:
+            early += not loaded.isdisjoint(re.findall(r"%\w+", of))
+    return early
 
 
 def _cuobjdump(cubin: bytes, *options: str) -> str:

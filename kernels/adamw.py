@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import nvidia
 from . import table as t
 from .codecs import (
     _decode_master,
@@ -52,6 +53,7 @@ from .columns import (
 )
 from .front import Call, Front
 from .launch_parameters import LaunchParameters
+from .nvidia import _reciprocal, _widen
 from .prefetch import _prefetch_ahead
 
 _ADDED_SQUARES = tl.constexpr(t.ADDED_SQUARES)
@@ -96,9 +98,7 @@ def _quotient(a, b, ARITHMETIC: tl.constexpr):
     if ARITHMETIC == _IEEE and a.dtype == tl.float32:
         return tl.div_rn(a, b)
     if ARITHMETIC == _RECIPROCAL and a.dtype == tl.float32:
-        return a * tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return a * _reciprocal(b)
     return a / b
 
 
@@ -221,15 +221,15 @@ def _random(
 
 
 @triton.jit
-def _load_second(
-    at, exponents_at, mask, exponents_mask, FORMAT: tl.constexpr, COMPUTE: tl.constexpr,
-    CACHE: tl.constexpr, EVICTION: tl.constexpr,
-):  # fmt: skip
-    x = _load(at, mask, CACHE, EVICTION)
-    if FORMAT == tl.uint8:
-        exponents = tl.load(exponents_at, mask=exponents_mask, other=0)
-        return _decode_unsigned(x, exponents)
-    return x.to(COMPUTE)
+def _load_exponents(at, mask, FORMAT: tl.constexpr):
+    """Those of 8-bit moments; 0 for others, which have none."""
+    return tl.load(at, mask=mask, other=0) if FORMAT == tl.uint8 else 0
+
+
+@triton.jit
+def _widened(x, COMPUTE: tl.constexpr, PTX: tl.constexpr):
+    """As the dtype of the arithmetic."""
+    return (_widen(x) if PTX and x.dtype == tl.bfloat16 else x).to(COMPUTE)
 
 
 @triton.jit
@@ -269,11 +269,12 @@ def _block(
     MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
     ARITHMETIC: tl.constexpr,
+    PTX: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
-    PREFETCH: tl.constexpr,  # t.Signature.prefetches, if the launch does
-    PREFETCH_ELEMENTS: tl.constexpr,
+    PREFETCH: tl.constexpr,  # whether to ask for what later programs read
+    PREFETCH_ELEMENTS: tl.constexpr,  # or for the words that lead to them alone
 ):
     """Update part of a block; its measures, which are 0 where they are not wanted."""
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
@@ -291,37 +292,44 @@ def _block(
     v_at = _at(tl.load(tensor + EXP_AVG_SQ_AT), start, lane, EXP_AVG_SQ, ALIGNED)
     m_exponents_at = _exponents_at(tensor, start, EXP_AVG_SCALE_AT, BLOCK)
     v_exponents_at = _exponents_at(tensor, start, EXP_AVG_SQ_SCALE_AT, BLOCK)
-    g = _load(g_at, mask, LOAD_CACHE, EVICTION).to(COMPUTE)
+    g = _load(g_at, mask, LOAD_CACHE, EVICTION)
     m = _load(m_at, mask, LOAD_CACHE, EVICTION)
-    if EXP_AVG == tl.uint8:
-        m = _decode_signed(m, tl.load(m_exponents_at, mask=exponents_mask, other=0))
-    else:
-        m = m.to(COMPUTE)
-    v = _load_second(
-        v_at, v_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, LOAD_CACHE, EVICTION
-    )
+    m_exponents = _load_exponents(m_exponents_at, exponents_mask, EXP_AVG)
+    v = _load(v_at, mask, LOAD_CACHE, EVICTION)
+    v_exponents = _load_exponents(v_exponents_at, exponents_mask, EXP_AVG_SQ)
     p = _load(p_at, mask, LOAD_CACHE, EVICTION)
-    if MASTER == tl.int1:
-        p = p.to(COMPUTE)
-    else:
+    if MASTER != tl.int1:
         master_at = _at(tl.load(tensor + MASTER_AT), start, lane, MASTER, ALIGNED)
         master = _load(master_at, mask, LOAD_CACHE, EVICTION)
-        p = _decode_remainder(p, master) if MASTER == tl.int16 else _decode_master(p, master)
-    v_max = v
     if AMSGRAD:
         v_max_at = _at(tl.load(tensor + MAX_EXP_AVG_SQ_AT), start, lane, EXP_AVG_SQ, ALIGNED)
         v_max_exponents_at = _exponents_at(tensor, start, MAX_EXP_AVG_SQ_SCALE_AT, BLOCK)
-        v_max = _load_second(
-            v_max_at, v_max_exponents_at, mask, exponents_mask, EXP_AVG_SQ, COMPUTE, LOAD_CACHE,
-            EVICTION,
-        )  # fmt: skip
+        v_max = _load(v_max_at, mask, LOAD_CACHE, EVICTION)
+        v_max_exponents = _load_exponents(v_max_exponents_at, exponents_mask, EXP_AVG_SQ)
 
-    if ALIGNED and PREFETCH:  # behind the program's own loads
+    # Between the loads and the first use of what they bring: before, the program's own elements
+    # would come later; after, the look-ups in here would wait for them.
+    if ALIGNED and PREFETCH:
         _prefetch_ahead(
             tensor, later, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AMSGRAD, MASTER, PREFETCH_ELEMENTS,
             BLOCK,
         )  # fmt: skip
 
+    PAIRS: tl.constexpr = PTX and ALIGNED  # else elements come one by one
+    g = _widened(g, COMPUTE, PAIRS)
+    m = _decode_signed(m, m_exponents, PTX) if EXP_AVG == tl.uint8 else _widened(m, COMPUTE, PAIRS)
+    if EXP_AVG_SQ == tl.uint8:
+        v = _decode_unsigned(v, v_exponents)
+        v_max = _decode_unsigned(v_max, v_max_exponents) if AMSGRAD else v
+    else:
+        v = _widened(v, COMPUTE, PAIRS)
+        v_max = _widened(v_max, COMPUTE, PAIRS) if AMSGRAD else v
+    if MASTER == tl.int1:
+        p = _widened(p, COMPUTE, PAIRS)
+    elif MASTER == tl.int16:
+        p = _decode_remainder(p, master)
+    else:
+        p = _decode_master(p, master)
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
         unscaled = (g * tl.load(scalars + UNSCALE)).to(GRAD)
         _store(g_at, unscaled, mask, STORE_CACHE, EVICTION)
@@ -366,7 +374,7 @@ def _block(
         kept = p.to(PARAM)
         _store(p_at, kept, mask, STORE_CACHE, EVICTION)
     if EXP_AVG == tl.uint8:
-        code, exponents = _encode_signed(m)
+        code, exponents = _encode_signed(m, PTX)
         tl.store(m_exponents_at, exponents, mask=exponents_stored)
         _store(m_at, code, mask, STORE_CACHE, EVICTION)
     else:
@@ -390,8 +398,8 @@ def _block(
 def _dispatch(
     tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
     SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
-    ARITHMETIC: tl.constexpr, LOAD_CACHE: tl.constexpr, STORE_CACHE: tl.constexpr,
-    EVICTION: tl.constexpr, PREFETCH: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PTX: tl.constexpr, LOAD_CACHE: tl.constexpr,
+    STORE_CACHE: tl.constexpr, EVICTION: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
     measures = tl.zeros([MEASURES], tl.float32)
@@ -421,16 +429,16 @@ def _dispatch(
                     tensor, grad, row, start, 0, vectors, later,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
-                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    PREFETCH and SIGNATURES[i][8], SIGNATURES[i][9],
+                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, PTX, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    PREFETCH, SIGNATURES[i][8],
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
                     tensor, grad, row, start, vectors, size, later,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
-                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    PREFETCH and SIGNATURES[i][8], SIGNATURES[i][9],
+                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, PTX, LOAD_CACHE, STORE_CACHE, EVICTION,
+                    PREFETCH, SIGNATURES[i][8],
                 )  # fmt: skip
     return measures
 
@@ -450,6 +458,7 @@ def _adamw(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # of a program
     ARITHMETIC: tl.constexpr,
+    PTX: tl.constexpr,  # whether there may be NVIDIA's own instructions: nvidia.py
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -467,11 +476,11 @@ def _adamw(
     tensor = tensors + index * TENSOR_WORDS
     numel = tl.load(tensor + NUMEL)
     grad = tl.load(grads + index)
-    active = tl.load(scalars + index * SCALARS + ACTIVE)
     addresses = tl.load(tensor + PARAM_AT) | tl.load(tensor + EXP_AVG_AT) | grad
     addresses |= tl.load(tensor + EXP_AVG_SQ_AT) | tl.load(tensor + MAX_EXP_AVG_SQ_AT)
     addresses |= tl.load(tensor + MASTER_AT)
     signature = tl.load(tensor + SIGNATURE)
+    active = tl.load(scalars + index * SCALARS + ACTIVE)
     if (start >= numel) | (grad == 0) | (active == 0):
         return
 
@@ -481,7 +490,7 @@ def _adamw(
         if start < numel:
             measures += _dispatch(
                 tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
-                SIGNATURES, STORE_GRAD, rows is not None, BLOCK, ARITHMETIC, LOAD_CACHE,
+                SIGNATURES, STORE_GRAD, rows is not None, BLOCK, ARITHMETIC, PTX, LOAD_CACHE,
                 STORE_CACHE, EVICTION, PREFETCH,
             )  # fmt: skip
         start += BLOCK
@@ -490,14 +499,14 @@ def _adamw(
 
 
 def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[object, ...], ...]:
-    """Signatures as the kernel takes them: in Triton's dtypes, and what they prefetch."""
+    """Signatures as the kernel takes them: in Triton's dtypes, with what they prefetch."""
     return tuple(
         (
             *(_TRITON_DTYPES[d] for d in s[:4]),
             s.amsgrad,
             _TRITON_DTYPES[s.master],
             *s[6:],
-            *s.prefetches,
+            s.prefetches_elements,
         )
         for s in signatures
     )
@@ -506,16 +515,13 @@ def constexpr_signatures(signatures: tuple[t.Signature, ...]) -> tuple[tuple[obj
 def _arithmetic(parameters: LaunchParameters, device: torch.device) -> tl.constexpr:
     if parameters.exact:
         return _IEEE
-    return _RECIPROCAL if _is_nvidia(device) else _HARDWARE
+    return _RECIPROCAL if nvidia.is_nvidia(device) else _HARDWARE
 
 
 def _prefetches(table: t.Table, device: torch.device) -> bool:
     # a program of several blocks would ask anew with each
-    return table.ahead > 0 and table.parameters.blocks_per_program == 1 and _is_nvidia(device)
-
-
-def _is_nvidia(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
+    one_block = table.parameters.blocks_per_program == 1
+    return table.ahead > 0 and one_block and nvidia.is_nvidia(device)
 
 
 def launch_options(
@@ -526,7 +532,7 @@ def launch_options(
     Fewer registers let more programs share a multiprocessor: 56 let 9, 64 let 8, 72 let 7. ptxas
     likes to take more, and does without (it spills, if anything, in the path of a tensor's last
     elements) where it is told to. Not told are kernels that store gradients or measure, which do
-    spill then, and masters with other moments than 8-bit ones, which take about 64 as it is. What
+    spill then, and masters with other moments than 8-bit ones, which take 64 to 72 as it is. What
     it gains is measured by bench/tune.py, on H200s for stochastic rounding and 8-bit moments; for
     one dtype on an H100, nothing (there Triton 3.6 takes 56 as it is, and 3.9 would take 76).
     """
@@ -543,7 +549,9 @@ def launch_options(
         cap = tuned.maxnreg if several else one
     wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
     options = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
-    return {**options, "maxnreg": cap} if cap and _is_nvidia(device) and not wide else options
+    if nvidia.is_nvidia(device):
+        options |= {"maxnreg": cap} if cap and not wide else {}
+    return options
 
 
 def adamw(
@@ -588,16 +596,17 @@ def _arguments(table: t.Table, memory: t.Memory, rows: Tensor | None) -> tuple[o
 
 
 def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None) -> Call:
-    tuned = table.parameters
+    tuned, device = table.parameters, memory.words.device
     constants = {
         "SIGNATURES": constexpr_signatures(table.signatures),
         "STORE_GRAD": store_grad,
         "BLOCK": tuned.block,
         "BLOCKS": tuned.blocks_per_program,
-        "ARITHMETIC": _arithmetic(tuned, memory.words.device).value,
+        "ARITHMETIC": _arithmetic(tuned, device).value,
+        "PTX": nvidia.is_nvidia(device),
         "LOAD_CACHE": tuned.load_cache,
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,
-        "PREFETCH": _prefetches(table, memory.words.device),
+        "PREFETCH": _prefetches(table, device),
     }
-    return Call(constants, launch_options(table, memory.words.device, store_grad, rows is not None))
+    return Call(constants, launch_options(table, device, store_grad, rows is not None))

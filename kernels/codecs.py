@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from . import table as t
-from .columns import (
-    QUANT_BLOCK,
-)
+from .columns import QUANT_BLOCK
+from .nvidia import _and_or, _top_bytes
 
 _SIGNED_SHIFT = tl.constexpr(23 - t.SIGNED_MANTISSA)
 _SIGNED_BITS = tl.constexpr(0x7F << (23 - t.SIGNED_MANTISSA))  # of a code, shifted
@@ -130,11 +129,14 @@ def _repeat(x, TIMES: tl.constexpr):
 
 
 @triton.jit
-def _decode_signed(code, exponents):
+def _decode_signed(code, exponents, PTX: tl.constexpr = False):
     """Float32 from codes, uint8 [n], and exponents, uint8 [n / 8]."""
     shifted = code.to(tl.int8, bitcast=True).to(tl.int32) << _SIGNED_SHIFT  # the sign spreads
     scale = _float(exponents.to(tl.int32) << 23)
-    x = _float((shifted & _SIGNED_BITS) | _SIGNED_ZERO)
+    if PTX:
+        x = _float(_and_or(shifted, _SIGNED_BITS, _SIGNED_ZERO))
+    else:
+        x = _float((shifted & _SIGNED_BITS) | _SIGNED_ZERO)
     x = tl.fma(x, _repeat(scale, _GROUP), _repeat(scale * -_SIGNED_FLOOR, _GROUP))
     return _float(_bits(x) | (shifted & _SIGN))
 
@@ -166,7 +168,7 @@ def _block_exponents(magnitude, CARRY: tl.constexpr):
 
 
 @triton.jit
-def _encode_signed(x):
+def _encode_signed(x, PTX: tl.constexpr = False):
     """Codes of float32 values [n], rounded to nearest, and exponents, uint8 [n / 8]."""
     magnitude = _magnitude(x, _SIGNED_LARGEST)
     exponents = _block_exponents(magnitude, _SIGNED_CARRY)
@@ -175,7 +177,8 @@ def _encode_signed(x):
     # the code moves to the top, and above it bit 25 of y, which is set: it is in [2^-3, 2)
     code = (_bits(y) << (24 - _SIGNED_SHIFT)) + ((_SIGNED_HALF << (24 - _SIGNED_SHIFT)) + _SIGN)
     code |= _bits(x) & _SIGN
-    return (code >> 24).to(tl.uint8), exponents.to(tl.uint8)
+    code = _top_bytes(code) if PTX else (code >> 24).to(tl.uint8)
+    return code, exponents.to(tl.uint8)
 
 
 @triton.jit

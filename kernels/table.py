@@ -142,14 +142,9 @@ class Signature(NamedTuple):
         return (self.bytes_per_element + self.grad.itemsize) / 2
 
     @property
-    def prefetches(self) -> tuple[bool, bool]:
-        """Whether its programs ask for tables, and for elements, ahead of time (prefetch.py).
-
-        Masters without 8-bit moments ask for nothing: bf16 with a remainder and float32 moments
-        took 1 to 2 % longer with it, on an H100 and an H200.
-        """
-        tables = self.master is None or self.quantised
-        return tables, tables and self.bytes_read < PLENTY
+    def prefetches_elements(self) -> bool:
+        """Whether its programs ask for later elements, not for tables alone (prefetch.py)."""
+        return self.bytes_read < PLENTY
 
 
 class Row(NamedTuple):

@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 
 from fused_adamw import launch, plan
-from fused_adamw.kernels import adamw, norm, schedule
+from fused_adamw.kernels import adamw, norm, nvidia, schedule
 
 
 class Device:
@@ -50,8 +50,8 @@ class Device:
         )
         patch.setattr(launch, "load_kernels", lambda device: launch.Kernels(norm, schedule, adamw))
         patch.setattr(plan, "architecture", lambda device: architecture)
-        is_nvidia = adamw._is_nvidia
-        patch.setattr(adamw, "_is_nvidia", lambda x: x.type == "cpu" or is_nvidia(x))
+        is_nvidia = nvidia.is_nvidia
+        patch.setattr(nvidia, "is_nvidia", lambda x: x.type == "cpu" or is_nvidia(x))
 
     def _compile_and_run(self, compile_: Callable[..., Any]) -> Callable[..., Any]:
         """JITFunction.run, whose launches come here."""
@@ -72,7 +72,8 @@ class Device:
         types = compiled.src.signature.values()
         given = [*_passed(arguments, types), 0, 0]  # and Triton's scratch, which none uses
         named = dict(zip(program.params, given, strict=True))
-        machine, meta = ptx.Machine(self._memory(), self._more_memory), compiled.metadata
+        meta = compiled.metadata
+        machine = ptx.Machine(self._memory(), self._more_memory)
         machine.launch(program, named, grid[0], meta.num_warps * ptx.WARP, meta.shared)
         self.prefetched = machine.prefetched
         self.launches += 1

@@ -137,19 +137,26 @@ def test_what_later_programs_read_is_asked_for(
             program -= program % min(per_chunk, t.PREFETCH_UNIT)
         tensor, block = block_of(program)
         has_vectors = (block + 1) * BLOCK <= SIZES[tensor] and tensor != UNALIGNED
-        return tensor if has_vectors and kinds[tensor].prefetches[0] else None
+        return tensor if has_vectors else None
 
     # elements, unless enough are under way as it is, but for a last few
-    assert any(kind.prefetches[1] for kind in kinds) == (name not in ("float32", "master"))
+    assert any(kind.prefetches_elements for kind in kinds) == (name != "float32")
     found = {id(x): noted.of(x) for p in params for x in streams(optimizer, p)}
     for p, kind in zip(params, kinds, strict=True):
-        assert kind.prefetches[1] or not any(found[id(x)].any() for x in streams(optimizer, p))
+        assert kind.prefetches_elements or not any(
+            found[id(x)].any() for x in streams(optimizer, p)
+        )
     checked = Counter[int]()
     for program in range(table.n_programs):
         tensor, block = block_of(program)
         begin, end = block * BLOCK, min((block + 1) * BLOCK, SIZES[tensor])
         by = asker(program, 1)
-        if by is None or begin >= end or not kinds[by].prefetches[1] or kinds[by] != kinds[tensor]:
+        if (
+            by is None
+            or begin >= end
+            or not kinds[by].prefetches_elements
+            or kinds[by] != kinds[tensor]
+        ):
             continue
         checked[tensor] += 1
         for x in streams(optimizer, params[tensor]):
@@ -157,7 +164,7 @@ def test_what_later_programs_read_is_asked_for(
             till = x.data_ptr() + int(end * bytes_each)
             asked = found[id(x)][int(begin * bytes_each) : till // 16 * 16 - x.data_ptr()]
             assert asked.all(), (program, x.dtype)
-    if name not in ("float32", "master"):
+    if name != "float32":
         assert 3 in checked
         assert per_chunk > 1 or UNALIGNED in checked
 
@@ -190,5 +197,5 @@ def test_nothing_else_is_asked_for(
             for more, xs in ((0, elements), (15, [noted.words, noted.scalars]))
             for x in xs
         )
-    assert bool(noted.asked) == (name != "master")
+    assert noted.asked
     assert not any(noted.of(x).any() for x in streams(optimizer, params[3]))
