@@ -147,6 +147,7 @@ class Report:
     reciprocals: int  # in place of divisions, in NVIDIA's PTX
     prefetches: int  # there, too
     read_early: int  # instructions before the first prefetch that wait for elements; there, too
+    overlaps: bool  # the launch may begin before that before it has ended
     loads: dict[int, int]  # bits -> how many of tensor elements, that is with a lane's own address
     stores: dict[int, int]
 
@@ -291,6 +292,7 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
         reciprocals=launch.compiled.asm.get("ptx", "").count("rcp.approx.ftz.f32"),
         prefetches=launch.compiled.asm.get("ptx", "").count(PREFETCH),
         read_early=_read_early(launch.compiled.asm.get("ptx", "")),
+        overlaps=getattr(launch.compiled.metadata, "launch_pdl", False),
         loads=code.loads,
         stores=code.stores,
     )

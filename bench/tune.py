@@ -80,8 +80,8 @@ class Candidate(NamedTuple):
         p = own._replace(**self.changes)
         if lanes != 32:  # caps have no effect there
             p = p._replace(**{key: getattr(own, key) for key in stored.CAPS})
-        if lanes != 32 or int(target.removeprefix("sm_")) < 90:  # nor prefetches in bulk
-            p = p._replace(prefetch=own.prefetch)
+        if lanes != 32 or int(target.removeprefix("sm_")) < 90:  # nor what came with Hopper
+            p = p._replace(prefetch=own.prefetch, overlap=own.overlap)
         if "num_warps" in self.changes:
             return p
         return p._replace(num_warps=max(1, p.block // (PER_THREAD * lanes)))
@@ -125,6 +125,8 @@ CANDIDATES = (
     Candidate("prefetch-0", {"prefetch": 0}, "is it worth its instructions?"),
     Candidate("prefetch-4096", {"prefetch": 4096}, "nearer: less of the cache is taken"),
     Candidate("prefetch-8192", {"prefetch": 8192}, "farther: is it there in time?"),
+    Candidate("overlap", {"overlap": True}, "launched and looked up while the schedule runs"),
+    Candidate("apart", {"overlap": False}, "behind it: is it worth an instruction?"),
     Candidate("load-cg", {"load_cache": ".cg"}, "past L1: nothing is read twice"),
     Candidate("load-cs", {"load_cache": ".cs"}, "read lines leave first (refused by Triton 3.6)"),
     Candidate("store-cs", {"store_cache": ".cs"}, "written lines leave first: no one reads them"),

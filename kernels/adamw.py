@@ -53,8 +53,9 @@ from .columns import (
 )
 from .front import Call, Front
 from .launch_parameters import LaunchParameters
-from .nvidia import _reciprocal, _widen
+from .nvidia import _reciprocal, _wait_for_previous, _widen
 from .prefetch import _prefetch_ahead
+from .schedule import overlaps
 
 _ADDED_SQUARES = tl.constexpr(t.ADDED_SQUARES)
 _ADDED = tl.constexpr(t.ADDED)
@@ -459,6 +460,7 @@ def _adamw(
     BLOCKS: tl.constexpr,  # of a program
     ARITHMETIC: tl.constexpr,
     PTX: tl.constexpr,  # whether there may be NVIDIA's own instructions: nvidia.py
+    OVERLAP: tl.constexpr,  # whether programs begin before the schedule has ended
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -480,6 +482,8 @@ def _adamw(
     addresses |= tl.load(tensor + EXP_AVG_SQ_AT) | tl.load(tensor + MAX_EXP_AVG_SQ_AT)
     addresses |= tl.load(tensor + MASTER_AT)
     signature = tl.load(tensor + SIGNATURE)
+    if OVERLAP:  # words are from before the schedule, and scalars of it
+        _wait_for_previous()
     active = tl.load(scalars + index * SCALARS + ACTIVE)
     if (start >= numel) | (grad == 0) | (active == 0):
         return
@@ -550,6 +554,7 @@ def launch_options(
     wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
     options = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
     if nvidia.is_nvidia(device):
+        options |= {"launch_pdl": True} if overlaps(table, device) else {}
         options |= {"maxnreg": cap} if cap and not wide else {}
     return options
 
@@ -604,6 +609,7 @@ def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | Non
         "BLOCKS": tuned.blocks_per_program,
         "ARITHMETIC": _arithmetic(tuned, device).value,
         "PTX": nvidia.is_nvidia(device),
+        "OVERLAP": overlaps(table, device),
         "LOAD_CACHE": tuned.load_cache,
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,

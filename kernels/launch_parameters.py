@@ -34,6 +34,7 @@ class LaunchParameters(NamedTuple):
     store_cache: str = ""  # "", ".wb", ".cg", ".cs", ".wt"
     eviction: str = ""  # of both: "", "evict_first", "evict_last"
     prefetch: int = 0  # KiB of elements between their prefetch into L2 and their use; 0: none
+    overlap: bool = False  # whether programs begin before the schedule has ended: from sm_90 on
 
     @property
     def elements(self) -> int:

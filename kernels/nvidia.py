@@ -7,6 +7,8 @@ https://docs.nvidia.com/cuda/parallel-thread-execution.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,13 @@ import triton.language as tl
 def is_nvidia(device: torch.device) -> bool:
     """Whether kernels for the device may hold PTX."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+@functools.cache
+def graphs_overlap() -> bool:
+    """Whether the driver lets kernels of a CUDA graph begin beside the one before: CUDA 12.3."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return version == 0 or version >= 12030  # 0: there is none, and who compiles needs none
 
 
 @triton.jit
@@ -62,4 +71,29 @@ def _top_bytes(x):
         dtype=tl.uint8,
         is_pure=True,
         pack=4,
+    )
+
+
+# Programmatic dependent launch, from sm_90 on: the next kernel's programs may begin while those of
+# this one run, if it is launched so (launch_pdl). What they need of this one they have to wait for.
+
+
+@triton.jit
+def _let_next_begin():
+    """Allow the next kernel's programs to begin, once all of this one's have been here."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _wait_for_previous():
+    """Wait until the kernel before has ended, and what it wrote can be read."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import nvidia
 from . import table as t
 from .codecs import _random_keys
 from .columns import (
@@ -33,6 +35,7 @@ from .columns import (
     W2,
 )
 from .front import Call, Front
+from .nvidia import _let_next_begin
 
 _LR = tl.constexpr(t.LR)
 _BETA1 = tl.constexpr(t.BETA1)
@@ -157,7 +160,10 @@ def _schedule(
     SKIP_NONFINITE: tl.constexpr,
     FLOAT64: tl.constexpr,
     TENSORS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # whether the update's programs may begin meanwhile
 ):
+    if OVERLAP:
+        _let_next_begin()
     grads = words + n_groups * GROUP_WORDS
     tensors = grads + n_tensors
     tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
@@ -238,6 +244,11 @@ def _schedule(
     tl.store(keys + KEY1, key1, mask=mask)
 
 
+def overlaps(table: t.Table, device: torch.device) -> bool:
+    """Whether the update's programs begin while the schedule runs, and wait for its scalars."""
+    return table.parameters.overlap and nvidia.is_nvidia(device) and nvidia.graphs_overlap()
+
+
 class Norm(NamedTuple):
     """What the schedule needs for clipping, and where it writes the metrics."""
 
@@ -281,6 +292,7 @@ def schedule(
         "SKIP_NONFINITE": norm is not None and norm.skip_nonfinite,
         "FLOAT64": table.float64,
         "TENSORS": _TENSORS_PER_PROGRAM,
+        "OVERLAP": overlaps(table, memory.words.device),
     }
     front.launch(
         _schedule,

@@ -6,7 +6,8 @@ go through the code at once, as lanes of numpy arrays; where they part, those be
 a GPU would refuse is an error: an access outside of the tensors there are, or one that is not
 aligned to its size. So is an instruction, or a form of it, that is not known here. A register that
 nobody has written has junk in it, and so has shared memory. A program that writes what another one
-of its launch reads or writes is an error, too; races within a program are not seen.
+of its launch reads or writes is an error, too; races within a program are not seen. One that begins
+beside the launch before, and has not waited for its end yet, may not read what that one writes.
 
 Arithmetic is IEEE's and to the bit, NaN NVIDIA's, but for the approximate root and reciprocal,
 which are rounded correctly here, and fma in float64, which is rounded to 64 bits first. Cache hints
@@ -48,6 +49,7 @@ _FORMS = {
     "ldmatrix": r"sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16",
     "stmatrix": r"sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16",
     "bar": "sync",
+    "griddepcontrol": "wait|launch_dependents",
     "shfl": r"sync\.bfly\.b32",
     "redux": r"sync\.add\.[su]32",
     "mov": r"[bsuf]\d+|pred",
@@ -80,7 +82,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "xor": np.bitwise_xor,
 }  # fmt: skip
 _UNARY: dict[str, Callable[[Any], Any]] = {"neg": np.negative, "abs": np.abs, "not": np.invert}
-_NO_RESULT = ("st", "cp", "stmatrix", "bar", "bra", "brx", "ret")
+_NO_RESULT = ("st", "cp", "stmatrix", "bar", "griddepcontrol", "bra", "brx", "ret")
 
 
 class Region(NamedTuple):
@@ -257,14 +259,19 @@ class Machine:
     """A GPU's memory, and some programs' worth of threads, their registers and shared memory.
 
     regions: what may be accessed. more: when something else is, more and more of them in turn.
+    before: the machine of a launch that may not have ended when this one begins.
     """
 
     def __init__(
-        self, regions: Iterable[Region], more: Callable[[], Iterable[Iterable[Region]]]
+        self,
+        regions: Iterable[Region],
+        more: Callable[[], Iterable[Iterable[Region]]],
+        before: Machine | None = None,
     ) -> None:
         self.prefetched: list[tuple[int, int]] = []  # first address, number of bytes
         self._more = more
         self._touched: dict[int, Array] = {}  # by region: who has read and written each byte
+        self._beside = {} if before is None else before._touched
         self._set(regions)
 
     def _set(self, regions: Iterable[Region]) -> None:
@@ -289,6 +296,7 @@ class Machine:
             here = min(AT_ONCE, programs - first)
             self._lane = np.arange(here * threads, dtype=np.uint32)
             self._everyone = np.ones(len(self._lane), dtype=bool)
+            self._waited = np.zeros(len(self._lane), dtype=bool)
             self._program = self._lane // np.uint32(threads)
             self._special = {
                 "%tid.x": self._lane % np.uint32(threads),
@@ -428,6 +436,11 @@ class Machine:
         begin, data = span.region.begin, span.region.data
         if begin < 0:  # shared memory
             return
+        if begin in self._beside:
+            early = span.bytes[~self._waited[span.threads]]
+            read, written = self._beside[begin]
+            if written[early].any() or (writes and read[early].any()):
+                raise RuntimeError("a program has not waited for the kernel before")
         if begin not in self._touched:
             self._touched[begin] = np.zeros((2, len(data)), np.int32)
         read_by, written_by = self._touched[begin]
@@ -543,6 +556,10 @@ class Machine:
             programs = np.zeros(int(self._program.max()) + 1, dtype=bool)
             programs[self._program[lanes]] = True
             assert not (programs[self._program] & ~lanes & ~self._ended).any(), i.text
+
+    def _do_griddepcontrol(self, i: Instruction, lanes: Lanes) -> None:
+        if i.op[1] == "wait":
+            self._waited[slice(None) if lanes is None else lanes] = True
 
     def _do_shfl(self, i: Instruction, lanes: Lanes) -> None:
         other = self._lane ^ int(i.operands[2], 0)

@@ -52,6 +52,8 @@ class Device:
         patch.setattr(plan, "architecture", lambda device: architecture)
         is_nvidia = nvidia.is_nvidia
         patch.setattr(nvidia, "is_nvidia", lambda x: x.type == "cpu" or is_nvidia(x))
+        self._before: ptx.Machine | None = None  # of the last launch
+        self._began_early = False
 
     def _compile_and_run(self, compile_: Callable[..., Any]) -> Callable[..., Any]:
         """JITFunction.run, whose launches come here."""
@@ -73,8 +75,11 @@ class Device:
         given = [*_passed(arguments, types), 0, 0]  # and Triton's scratch, which none uses
         named = dict(zip(program.params, given, strict=True))
         meta = compiled.metadata
-        machine = ptx.Machine(self._memory(), self._more_memory)
+        before = self._before if meta.launch_pdl else None
+        machine = ptx.Machine(self._memory(), self._more_memory, before)
         machine.launch(program, named, grid[0], meta.num_warps * ptx.WARP, meta.shared)
+        assert not (meta.launch_pdl and self._began_early), "who waits for the one before both?"
+        self._before, self._began_early = machine, meta.launch_pdl
         self.prefetched = machine.prefetched
         self.launches += 1
 

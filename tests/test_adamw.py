@@ -7,6 +7,7 @@ many small tensors, and sizes stand at the edges of a vector (8) and of a block 
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -501,8 +502,9 @@ def _turn(p: Tensor, filler: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (p, filler.clone()) if group == 0 else (filler.clone(), p)
 
 
-def _has_bulk_prefetch(device: torch.device) -> bool:
-    hip = torch.version.hip is not None  # there nothing is asked for
+def _has_hoppers(device: torch.device) -> bool:
+    """Instructions."""
+    hip = torch.version.hip is not None  # there they are left out
     return hip or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -512,7 +514,8 @@ def _has_bulk_prefetch(device: torch.device) -> bool:
         {"exact": True},
         {"blocks_per_program": 2},
         {"block": 2048, "num_warps": 8, "store_cache": ".cs"},
-        {"prefetch": 16},  # on Hopper and later: tests/test_prefetch.py
+        {"prefetch": 16},  # this and the next on Hopper and later: tests/test_prefetch.py
+        {"overlap": True},
     ],
     ids=str,
 )
@@ -523,7 +526,8 @@ def test_launch_parameters_change_no_bit(
     as_compiled: Any,
 ) -> None:
     """On a GPU all but exact division; the interpreter divides exactly in any case."""
-    if "prefetch" in variant and device.type == "cuda" and not _has_bulk_prefetch(device):
+    hoppers = variant.keys() & {"prefetch", "overlap"}
+    if hoppers and device.type == "cuda" and not _has_hoppers(device):
         pytest.skip("no such instruction")
     sizes = (1, 1023, 1024, 1025, 2047, 2048, 2049, 4097)
     values = [torch.randn(n + 1, device=device)[n % 2 :][:n] for n in sizes]
@@ -571,6 +575,29 @@ def test_the_reciprocal_is_nvidias(
     monkeypatch.setattr(torch.version, "hip", hip)
     parameters = LaunchParameters(exact=exact)
     assert kernels._arithmetic(parameters, torch.device(device)) is getattr(kernels, arithmetic)
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "driver", "overlaps"),
+    [
+        ("cuda", None, 12020, False),  # could not capture it
+        ("cuda", None, 12030, True),
+        ("cuda", None, 0, True),  # no driver: compiled for elsewhere
+        ("cuda", "7.0", 13000, False),
+        ("xpu", None, 13000, False),
+    ],
+)
+def test_the_update_begins_beside_the_schedule_if_a_graph_can_hold_that(
+    device: str, hip: str | None, driver: int, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = load_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu")).schedule
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    fresh = schedule.nvidia.graphs_overlap.__wrapped__
+    monkeypatch.setattr(schedule.nvidia, "graphs_overlap", fresh)
+    for wanted in (True, False):
+        table = SimpleNamespace(parameters=LaunchParameters(overlap=wanted))
+        assert schedule.overlaps(table, torch.device(device)) == (overlaps and wanted)
 
 
 @pytest.mark.parametrize(("eps", "exact"), [(1e-37, False), (1e-40, True), (1e38, True)])

@@ -245,6 +245,17 @@ def test_hopper_prefetches(reports: dict[tuple[str, str], Any], target: str) -> 
         assert report["read_early"] == 0, "the look-ups would wait for the program's own elements"
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_on_hopper_the_update_begins_beside_the_schedule(
+    reports: dict[tuple[str, str], Any], target: str
+) -> None:
+    """What it may read by then is seen with --ptx: nothing that the schedule writes."""
+    for (name, of), report in reports.items():
+        if of == target:
+            wanted = target == "sm_90" and report["kernel"] == "adamw"
+            assert report["overlaps"] == wanted, name
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_stochastic_rounding_adds_20_instructions_at_most(
     reports: dict[tuple[str, str], Any], target: str

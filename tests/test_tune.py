@@ -59,10 +59,11 @@ def test_prediction() -> None:
 
 def test_candidates_are_few_reasoned_and_can_be_launched() -> None:
     assert len(tune.BY_NAME) == len(tune.CANDIDATES)
-    assert 12 <= len(tune.CANDIDATES) <= 27
+    assert 12 <= len(tune.CANDIDATES) <= 29
     assert len({c.reason for c in tune.CANDIDATES}) == len(tune.CANDIDATES)
     for target, lanes in (("sm_100", 32), ("gfx942", 64)):  # of neither anything is measured
-        launched = [c.parameters(target) for c in tune.CANDIDATES if c.name != "prefetch-0"]
+        default = ("prefetch-0", "apart")  # there
+        launched = [c.parameters(target) for c in tune.CANDIDATES if c.name not in default]
         for p in launched:
             assert p.block // (p.num_warps * lanes) == 8, "128 bits of bf16 a thread"
             assert p.block & (p.block - 1) == 0
@@ -89,6 +90,8 @@ def test_what_a_target_ignores_is_compiled_once() -> None:
     assert on_amd["regs-48"] == on_amd["regs-free"] == on_amd["default"]
     assert on_amd["prefetch-4096"] == on_amd["default"]
     assert tune.BY_NAME["prefetch-4096"].parameters("sm_80").prefetch == 0
+    assert on_amd["overlap"] == on_amd["apart"] == on_amd["default"]
+    assert not tune.BY_NAME["overlap"].parameters("sm_80").overlap
     assert on_amd["exact"] == on_amd["exact-64"] != on_amd["default"]
 
 
