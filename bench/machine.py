@@ -75,21 +75,23 @@ class Device:
             return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-    def time(self, call: Callable[[], object]) -> float:
-        """Seconds of the call on the device.
+    def time(self, call: Callable[[], object]) -> tuple[float, bool]:
+        """Seconds of the call on the device, and whether that may have waited for the host.
 
-        On a GPU from events, launch gaps included unless the GPU still has other work to do.
+        On a GPU from events. What it has been given before, by `flush`, has to last until the host
+        has given it all of the call.
         """
         if not self.cuda:
             start = time.perf_counter()
             call()
-            return time.perf_counter() - start
+            return time.perf_counter() - start, False
         begin, end = _event(), _event()
         begin.record()
         call()
         end.record()
+        waited = bool(begin.query())
         torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3, waited
 
 
 def _event() -> Any:
@@ -139,7 +141,7 @@ def measure_ceilings(device: Device, into: dict[str, list[float]], rounds: int) 
             call()
             for _ in range(rounds):
                 device.flush(1e-3 * device.cuda)  # covers the launch: 20 us would be 1 %
-                seconds = device.time(call)
+                seconds, _ = device.time(call)
                 moved = streams * numel * dtype.itemsize
                 into.setdefault(part, []).append(moved / seconds / 1e12)
         del p, g, m, v, parts, call

@@ -49,7 +49,7 @@ def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: 
         for line in shown:
             y, color = ys[id(line)], COLORS[line.provider]
             if path == "throughput.png":
-                axes.barh(y, line.tbs, 0.9, color=color)
+                axes.barh(y, 0.0 if line.waited else line.tbs, 0.9, color=color)
                 continue
             state = (line.state_bytes or 0) / line.numel
             axes.barh(y, state, 0.9, color=color)

@@ -127,8 +127,8 @@ def _row(
     label: str, ours: dict[str, Any], theirs: dict[str, Any], what: str, most: float
 ) -> list[str]:
     def median(line: dict[str, Any], key: str) -> str:
-        times = line[key]
-        return number(statistics.median(times) if times and not line["problem"] else None)
+        times, unknown = line[key], line["problem"] or (key == "gpu" and line.get("waited"))
+        return number(statistics.median(times) if times and not unknown else None)
 
     tbs = None if ours["problem"] else ours["tbs"]
     return [
@@ -202,6 +202,9 @@ def _notes(numbers: dict[str, Any], most: float, lines: Sequence[dict[str, Any]]
     syncs = [x["syncs"] for x in lines if x["provider"].startswith(OURS) and not x["problem"]]
     if None not in syncs:
         yield f"Waits of the host for the GPU that torch sees in our steps: {sum(syncs)}."
+    waited = [f"{x['case']}, {x['provider']}" for x in lines if x.get("waited")]
+    if waited:
+        yield f"Not known, as the GPU waited for the host within it: {'; '.join(waited)}."
     failed = [f"{x['case']}, {x['provider']}: {x['problem']}" for x in lines if x["problem"]]
     if failed:
         yield f"Not timed: {'; '.join(failed)}."

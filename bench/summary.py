@@ -33,8 +33,13 @@ def times_as_fast(line: Line, base: Line, what: str) -> float | None:
     """The median of the ratios within rounds; None where one of both was not timed."""
     if line.problem or base.problem:
         return None
-    mine, others = getattr(line, what), getattr(base, what)
-    return statistics.median(b / a for a, b in zip(mine, others, strict=True)) if mine else None
+    if what == "gpu" and (line.waited or base.waited):
+        return None
+    mine: list[float] = getattr(line, what)
+    others: list[float] = getattr(base, what)
+    if not mine:
+        return None
+    return statistics.median(b / a for a, b in zip(mine, others, strict=True))
 
 
 def number(x: float | None, digits: int = 3) -> str:
@@ -118,7 +123,7 @@ def means(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
     """Geometric mean over the cases of how many times as fast as its rival each provider is."""
     found: dict[str, dict[str, float]] = {}
     for provider in dict.fromkeys(line.provider for line in lines):
-        for what in "gpu", "wall":
+        for what in "wall", "gpu":  # the cases are those of the last that is known
             ratios = [
                 ratio
                 for line in lines

@@ -34,6 +34,7 @@ class Line:
     problem: str = ""
     failed: bool = False  # for another reason than memory
     gpu: list[float] = field(default_factory=list)
+    waited: bool = False  # the GPU, for the host, within these
     wall: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     launches: int | None = None
@@ -148,9 +149,16 @@ class Entrant:
         line.wall.append((time.perf_counter() - start) * 1e6)
         if device.cuda:
             line.host.append((returned - start) * 1e6)
-            self.prepare(grads)
-            device.flush(1.5 * (returned - start))
-            line.gpu.append(device.time(self.step) * 1e6)
+            ahead = returned - start
+            for _ in range(3):
+                ahead *= 1.5
+                self.prepare(grads)
+                device.flush(ahead)
+                seconds, waited = device.time(self.step)
+                if not waited:
+                    break
+            line.gpu.append(seconds * 1e6)
+            line.waited |= waited
 
 
 def enter(

@@ -119,6 +119,19 @@ def test_what_failed_is_not_hidden(on_gpu: Numbers, tmp_path: Path) -> None:
     assert "Not timed: tiny, fused_adamw: RuntimeError: no such luck." in text
 
 
+def test_a_time_that_the_gpu_waited_in_is_left_out(on_gpu: Numbers, tmp_path: Path) -> None:
+    fields = timing.Line.__dataclass_fields__
+    lines = [timing.Line(**{key: x[key] for key in fields}) for x in on_gpu["lines"]]
+    (line,) = (x for x in lines if (x.case, x.provider) == ("tiny-mixed", "torch-fused+clip"))
+    line.waited = True
+    facts = on_gpu["command"], on_gpu["machine"], on_gpu["ceilings_by_round"]
+    summary.write(tmp_path / "step.json", *facts, lines, {})
+    text = report.block([tmp_path / "step.json"])
+    assert cells(text, "tiny-mixed, clipped")[3:7] == ["-", "3,750", "-", "3.20"]
+    assert cells(text, "geometric mean of 1, clipped")[5] == "**6.40**"
+    assert "as the GPU waited for the host within it: tiny-mixed, torch-fused+clip." in text
+
+
 def test_changes_since_the_commit_are_told(on_gpu: Numbers, tmp_path: Path) -> None:
     on_gpu["machine"]["commit"] = "1a2b3c4+"
     assert "commit `1a2b3c4` with changes" in report.block([write(tmp_path, on_gpu)])
