@@ -3,12 +3,12 @@
 A program looks up its chunk, then its tensor's row, then loads its elements, and waits for memory
 each time: until a tensor's turn comes, elements have driven its row out of the cache, and where an
 element has few bytes, too few are under way to cover the time that they take. So one thread of a
-program asks for what comes later, behind the program's own loads: elements, at twice the distance
-the words that lead to them, at three times the list of chunks. No bit of any result depends on it.
+program asks for what comes later: elements, at twice the distance the words that lead to them, at
+three times the list of chunks. It does so between the program's own loads and the first use of what
+they bring, where it takes no time. No bit of any result depends on it.
 
-Where instructions are short, with 8-bit moments, one program in eight asks for all of them. In
-bfloat16 that was worse on an H200: 97.5 and 94.7 % of the ceiling in bench/step.py's 10x16Mi-bf16
-and 200x1Mi-bf16, where each asking for itself had 99.6 and 99.4 (bench/results/h200/prefetch.txt).
+Where instructions are short, with 8-bit moments, one program in eight asks for all of them: on an
+H200 each asking for itself took 3 % longer (bench/results/h200/order.txt).
 """
 
 from __future__ import annotations
