@@ -148,6 +148,7 @@ class Report:
     prefetches: int  # there, too
     read_early: int  # instructions before the first prefetch that wait for elements; there, too
     overlaps: bool  # the launch may begin before that before it has ended
+    grid_control: list[str]  # of dependent launches, "wait" and "launch_dependents", as in PTX
     loads: dict[int, int]  # bits -> how many of tensor elements, that is with a lane's own address
     stores: dict[int, int]
 
@@ -293,6 +294,7 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
         prefetches=launch.compiled.asm.get("ptx", "").count(PREFETCH),
         read_early=_read_early(launch.compiled.asm.get("ptx", "")),
         overlaps=getattr(launch.compiled.metadata, "launch_pdl", False),
+        grid_control=re.findall(r"griddepcontrol\.(\w+)", launch.compiled.asm.get("ptx", "")),
         loads=code.loads,
         stores=code.stores,
     )

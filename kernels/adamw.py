@@ -55,7 +55,6 @@ from .front import Call, Front
 from .launch_parameters import LaunchParameters
 from .nvidia import _reciprocal, _wait_for_previous, _widen
 from .prefetch import _prefetch_ahead
-from .schedule import overlaps
 
 _ADDED_SQUARES = tl.constexpr(t.ADDED_SQUARES)
 _ADDED = tl.constexpr(t.ADDED)
@@ -275,7 +274,7 @@ def _block(
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
     PREFETCH: tl.constexpr,  # whether to ask for what later programs read
-    PREFETCH_ELEMENTS: tl.constexpr,  # or for the words that lead to them alone
+    PREFETCH_ELEMENTS: tl.constexpr,  # elements, too, not only the words that lead to them
 ):
     """Update part of a block; its measures, which are 0 where they are not wanted."""
     COMPUTE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
@@ -293,11 +292,11 @@ def _block(
     v_at = _at(tl.load(tensor + EXP_AVG_SQ_AT), start, lane, EXP_AVG_SQ, ALIGNED)
     m_exponents_at = _exponents_at(tensor, start, EXP_AVG_SCALE_AT, BLOCK)
     v_exponents_at = _exponents_at(tensor, start, EXP_AVG_SQ_SCALE_AT, BLOCK)
+    m_exponents = _load_exponents(m_exponents_at, exponents_mask, EXP_AVG)
+    v_exponents = _load_exponents(v_exponents_at, exponents_mask, EXP_AVG_SQ)
     g = _load(g_at, mask, LOAD_CACHE, EVICTION)
     m = _load(m_at, mask, LOAD_CACHE, EVICTION)
-    m_exponents = _load_exponents(m_exponents_at, exponents_mask, EXP_AVG)
     v = _load(v_at, mask, LOAD_CACHE, EVICTION)
-    v_exponents = _load_exponents(v_exponents_at, exponents_mask, EXP_AVG_SQ)
     p = _load(p_at, mask, LOAD_CACHE, EVICTION)
     if MASTER != tl.int1:
         master_at = _at(tl.load(tensor + MASTER_AT), start, lane, MASTER, ALIGNED)
@@ -318,7 +317,10 @@ def _block(
 
     PAIRS: tl.constexpr = PTX and ALIGNED  # else elements come one by one
     g = _widened(g, COMPUTE, PAIRS)
-    m = _decode_signed(m, m_exponents, PTX) if EXP_AVG == tl.uint8 else _widened(m, COMPUTE, PAIRS)
+    if EXP_AVG == tl.uint8:
+        m = _decode_signed(m, m_exponents, PAIRS)
+    else:
+        m = _widened(m, COMPUTE, PAIRS)
     if EXP_AVG_SQ == tl.uint8:
         v = _decode_unsigned(v, v_exponents)
         v_max = _decode_unsigned(v_max, v_max_exponents) if AMSGRAD else v
@@ -375,7 +377,7 @@ def _block(
         kept = p.to(PARAM)
         _store(p_at, kept, mask, STORE_CACHE, EVICTION)
     if EXP_AVG == tl.uint8:
-        code, exponents = _encode_signed(m, PTX)
+        code, exponents = _encode_signed(m, PAIRS)
         tl.store(m_exponents_at, exponents, mask=exponents_stored)
         _store(m_at, code, mask, STORE_CACHE, EVICTION)
     else:
@@ -482,7 +484,7 @@ def _adamw(
     addresses |= tl.load(tensor + EXP_AVG_SQ_AT) | tl.load(tensor + MAX_EXP_AVG_SQ_AT)
     addresses |= tl.load(tensor + MASTER_AT)
     signature = tl.load(tensor + SIGNATURE)
-    if OVERLAP:  # words are from before the schedule, and scalars of it
+    if OVERLAP:  # the words were there before the schedule began; it writes the scalars
         _wait_for_previous()
     active = tl.load(scalars + index * SCALARS + ACTIVE)
     if (start >= numel) | (grad == 0) | (active == 0):
@@ -554,7 +556,7 @@ def launch_options(
     wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
     options = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
     if nvidia.is_nvidia(device):
-        options |= {"launch_pdl": True} if overlaps(table, device) else {}
+        options |= {"launch_pdl": True} if nvidia.overlaps(tuned, device) else {}
         options |= {"maxnreg": cap} if cap and not wide else {}
     return options
 
@@ -563,6 +565,8 @@ def adamw(
     front: Front, table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None = None
 ) -> None:
     """Update every tensor of the table whose gradient is present; `schedule` must have run.
+
+    On the same stream, and last: with `overlap` programs begin before it has ended.
 
     Moves `Signature.bytes_per_element` an element, and one write more of the gradient with
     `store_grad`, which leaves unscaled gradients behind. rows: float32 [n_programs, MEASURES], in
@@ -609,7 +613,7 @@ def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | Non
         "BLOCKS": tuned.blocks_per_program,
         "ARITHMETIC": _arithmetic(tuned, device).value,
         "PTX": nvidia.is_nvidia(device),
-        "OVERLAP": overlaps(table, device),
+        "OVERLAP": nvidia.overlaps(tuned, device),
         "LOAD_CACHE": tuned.load_cache,
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,

@@ -129,7 +129,7 @@ def _repeat(x, TIMES: tl.constexpr):
 
 
 @triton.jit
-def _decode_signed(code, exponents, PTX: tl.constexpr = False):
+def _decode_signed(code, exponents, PTX: tl.constexpr):
     """Float32 from codes, uint8 [n], and exponents, uint8 [n / 8]."""
     shifted = code.to(tl.int8, bitcast=True).to(tl.int32) << _SIGNED_SHIFT  # the sign spreads
     scale = _float(exponents.to(tl.int32) << 23)
@@ -168,7 +168,7 @@ def _block_exponents(magnitude, CARRY: tl.constexpr):
 
 
 @triton.jit
-def _encode_signed(x, PTX: tl.constexpr = False):
+def _encode_signed(x, PTX: tl.constexpr):
     """Codes of float32 values [n], rounded to nearest, and exponents, uint8 [n / 8]."""
     magnitude = _magnitude(x, _SIGNED_LARGEST)
     exponents = _block_exponents(magnitude, _SIGNED_CARRY)

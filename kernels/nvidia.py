@@ -1,17 +1,23 @@
-"""NVIDIA's instructions that Triton has no word for, or that LLVM does not find, as inline PTX.
+"""What only NVIDIA has: instructions, as inline PTX, and launches that overlap.
 
 Elsewhere (AMD, Intel, the interpreter) a constexpr leaves them out, and what Triton has stands in.
-Prefetches are in prefetch.py. Instructions, their meaning and their names: PTX ISA,
+Prefetches are in prefetch.py. Triton's own words for dependent launch are in its NVIDIA backend,
+which builds for others lack. Instructions, their meaning and their names: PTX ISA,
 https://docs.nvidia.com/cuda/parallel-thread-execution.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import sys
 
 import torch
 import triton
 import triton.language as tl
+
+from .launch_parameters import LaunchParameters
 
 
 def is_nvidia(device: torch.device) -> bool:
@@ -19,11 +25,24 @@ def is_nvidia(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def overlaps(parameters: LaunchParameters, device: torch.device) -> bool:
+    """Whether the update's programs begin while the schedule runs, and wait for its scalars.
+
+    Not with drivers before CUDA 12.3, whose graphs cannot hold that.
+    """
+    if not (parameters.overlap and is_nvidia(device)):
+        return False
+    return driver_version() >= 12030 or not torch.cuda.is_available()  # compiled for elsewhere
+
+
 @functools.cache
-def graphs_overlap() -> bool:
-    """Whether the driver lets kernels of a CUDA graph begin beside the one before: CUDA 12.3."""
-    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
-    return version == 0 or version >= 12030  # 0: there is none, and who compiles needs none
+def driver_version() -> int:
+    """The CUDA version that the driver has, 12030 for 12.3; 0 where there is none to ask."""
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError):
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 @triton.jit
@@ -38,8 +57,8 @@ def _reciprocal(x):
 def _widen(x):
     """Float32 from bfloat16: each of a pair by one instruction, from the register it came in.
 
-    LLVM parts a pair first, by one instruction more. It does so right behind the load, and with it
-    a program would wait there for its elements before it has asked for those of later ones.
+    LLVM parts a pair first, by one instruction more, and does so right behind the load. There a
+    program would wait for its elements before it has asked for those of later ones.
     """
     return tl.inline_asm_elementwise(
         "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
@@ -53,7 +72,7 @@ def _widen(x):
 
 @triton.jit
 def _and_or(x, y, z):
-    """(x & y) | z of int32: ptxas takes two."""
+    """(x & y) | z of int32, in one instruction: ptxas takes two if two of them are constants."""
     return tl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, $3, 0xea;", "=r,r,r,r", [x, y, z], dtype=tl.int32, is_pure=True,
         pack=1,
@@ -76,6 +95,8 @@ def _top_bytes(x):
 
 # Programmatic dependent launch, from sm_90 on: the next kernel's programs may begin while those of
 # this one run, if it is launched so (launch_pdl). What they need of this one they have to wait for.
+# What was there before this one began needs no waiting: this is a launch like any other, behind all
+# that came before, and so no cache has anything older.
 
 
 @triton.jit

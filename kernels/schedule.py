@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -244,11 +243,6 @@ def _schedule(
     tl.store(keys + KEY1, key1, mask=mask)
 
 
-def overlaps(table: t.Table, device: torch.device) -> bool:
-    """Whether the update's programs begin while the schedule runs, and wait for its scalars."""
-    return table.parameters.overlap and nvidia.is_nvidia(device) and nvidia.graphs_overlap()
-
-
 class Norm(NamedTuple):
     """What the schedule needs for clipping, and where it writes the metrics."""
 
@@ -292,7 +286,7 @@ def schedule(
         "SKIP_NONFINITE": norm is not None and norm.skip_nonfinite,
         "FLOAT64": table.float64,
         "TENSORS": _TENSORS_PER_PROGRAM,
-        "OVERLAP": overlaps(table, memory.words.device),
+        "OVERLAP": nvidia.overlaps(table.parameters, memory.words.device),
     }
     front.launch(
         _schedule,

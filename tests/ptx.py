@@ -432,7 +432,10 @@ class Machine:
         return spans
 
     def _note(self, span: Span, writes: bool) -> None:
-        """Raise RuntimeError where a program writes what another one reads or writes."""
+        """Raise RuntimeError where a program writes what another one reads or writes.
+
+        Or touches what the launch before writes, or writes what that reads, and has not waited.
+        """
         begin, data = span.region.begin, span.region.data
         if begin < 0:  # shared memory
             return

@@ -78,7 +78,9 @@ class Device:
         before = self._before if meta.launch_pdl else None
         machine = ptx.Machine(self._memory(), self._more_memory, before)
         machine.launch(program, named, grid[0], meta.num_warps * ptx.WARP, meta.shared)
-        assert not (meta.launch_pdl and self._began_early), "who waits for the one before both?"
+        assert not (meta.launch_pdl and self._began_early), (
+            "two in a row: the wait of the second does not cover the first"
+        )
         self._before, self._began_early = machine, meta.launch_pdl
         self.prefetched = machine.prefetched
         self.launches += 1

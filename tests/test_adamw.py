@@ -7,7 +7,6 @@ many small tensors, and sizes stand at the edges of a vector (8) and of a block 
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -502,8 +501,8 @@ def _turn(p: Tensor, filler: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (p, filler.clone()) if group == 0 else (filler.clone(), p)
 
 
-def _has_hoppers(device: torch.device) -> bool:
-    """Instructions."""
+def _has_hopper_instructions(device: torch.device) -> bool:
+    """Prefetches in bulk, and dependent launch: from sm_90 on."""
     hip = torch.version.hip is not None  # there they are left out
     return hip or torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -526,8 +525,8 @@ def test_launch_parameters_change_no_bit(
     as_compiled: Any,
 ) -> None:
     """On a GPU all but exact division; the interpreter divides exactly in any case."""
-    hoppers = variant.keys() & {"prefetch", "overlap"}
-    if hoppers and device.type == "cuda" and not _has_hoppers(device):
+    wanted = variant.keys() & {"prefetch", "overlap"}
+    if wanted and device.type == "cuda" and not _has_hopper_instructions(device):
         pytest.skip("no such instruction")
     sizes = (1, 1023, 1024, 1025, 2047, 2048, 2049, 4097)
     values = [torch.randn(n + 1, device=device)[n % 2 :][:n] for n in sizes]
@@ -578,26 +577,28 @@ def test_the_reciprocal_is_nvidias(
 
 
 @pytest.mark.parametrize(
-    ("device", "hip", "driver", "overlaps"),
+    ("device", "hip", "driver", "there", "overlaps"),
     [
-        ("cuda", None, 12020, False),  # could not capture it
-        ("cuda", None, 12030, True),
-        ("cuda", None, 0, True),  # no driver: compiled for elsewhere
-        ("cuda", "7.0", 13000, False),
-        ("xpu", None, 13000, False),
+        ("cuda", None, 12020, True, False),  # could not capture it
+        ("cuda", None, 12030, True, True),
+        ("cuda", None, 0, True, False),  # does not say
+        ("cuda", None, 0, False, True),  # compiled for elsewhere
+        ("cuda", "7.0", 13000, True, False),
+        ("xpu", None, 13000, True, False),
     ],
 )
 def test_the_update_begins_beside_the_schedule_if_a_graph_can_hold_that(
-    device: str, hip: str | None, driver: int, overlaps: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    schedule = load_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu")).schedule
+    device: str, hip: str | None, driver: int, there: bool, overlaps: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    kernels = load_kernels(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    nvidia = kernels.adamw.nvidia
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    fresh = schedule.nvidia.graphs_overlap.__wrapped__
-    monkeypatch.setattr(schedule.nvidia, "graphs_overlap", fresh)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(nvidia, "driver_version", lambda: driver)
     for wanted in (True, False):
-        table = SimpleNamespace(parameters=LaunchParameters(overlap=wanted))
-        assert schedule.overlaps(table, torch.device(device)) == (overlaps and wanted)
+        parameters = LaunchParameters(overlap=wanted)
+        assert nvidia.overlaps(parameters, torch.device(device)) == (overlaps and wanted)
 
 
 @pytest.mark.parametrize(("eps", "exact"), [(1e-37, False), (1e-40, True), (1e38, True)])

@@ -9,6 +9,9 @@ import torch
 from truth import TrueAdamW, assert_as_true_as_torch
 
 from fused_adamw import FusedAdamW, release_gradients
+from fused_adamw import plan as planning
+from fused_adamw.kernels import nvidia
+from fused_adamw.kernels.launch_parameters import architecture
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -186,6 +189,34 @@ def test_as_true_as_torchs_fused_kernel(dtype: torch.dtype, amsgrad: bool) -> No
         [theirs[0], its["exp_avg"], its["exp_avg_sq"]],
         [exact.p, exact.m, exact.v],
     )
+
+
+def test_the_schedule_and_the_table_are_seen_by_all_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of many waves, in steps with nothing between, though the update begins beside the schedule.
+
+    Each step has other gradients, in memory of their own, another lr and other bias corrections.
+    """
+    sizes = [2**20] * 16 + [70_001] * 200 + [1000] * 100
+    values = [torch.randn(n, device="cuda").to(DTYPES[i % 2]) for i, n in enumerate(sizes)]
+    grads = [[torch.randn_like(x) for x in values] for _ in range(3)]
+    default, results = planning.launch_parameters, []
+    for overlap in (True, False):
+        own = default(architecture(torch.device("cuda")))._replace(overlap=overlap)
+        monkeypatch.setattr(planning, "launch_parameters", lambda _, own=own: own)
+        params = [torch.nn.Parameter(x.clone()) for x in values]
+        optimizer = FusedAdamW(params, lr=0.1)
+        torch.cuda.synchronize()
+        for step in range(30):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            for p, grad in zip(params, grads[step % 3], strict=True):
+                p.grad = grad
+            optimizer.step()
+        states = [optimizer.state[p][key] for p in params for key in ("exp_avg", "exp_avg_sq")]
+        results.append([*params, *states])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_thousand_replays_of_a_graph_equal_eager_steps() -> None:
@@ -526,3 +557,9 @@ def test_what_one_device_finds_skips_the_step_on_both(scaled: bool) -> None:
         unchanged = [torch.equal(p, q) for p, q in zip(params, before, strict=True)]
         assert unchanged == [overflow] * 2
     assert float(adamw.metrics()["skipped_steps"]) == 1
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="NVIDIA's")
+def test_the_driver_says_its_version() -> None:
+    """Else the update would wait for the schedule's end, and no one would notice."""
+    assert nvidia.driver_version() >= 12000

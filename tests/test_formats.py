@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_adamw import formats
-from fused_adamw.kernels import codecs
+from fused_adamw.kernels import codecs, nvidia
 from fused_adamw.kernels import table as t
 
 each = pytest.mark.parametrize
@@ -103,11 +103,13 @@ def _keys(seed, step, position, out0, out1, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _encode(x, random, code, exponent, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _encode(
+    x, random, code, exponent, SIGNED: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr
+):
     start = tl.program_id(0) * BLOCK
     i = start + tl.arange(0, BLOCK)
     if SIGNED:
-        a, b = codecs._encode_signed(tl.load(x + i))
+        a, b = codecs._encode_signed(tl.load(x + i), PTX)
     else:
         a, b = codecs._encode_unsigned(tl.load(x + i), tl.load(random + i).to(tl.uint32))
     tl.store(code + i, a)
@@ -116,11 +118,21 @@ def _encode(x, random, code, exponent, SIGNED: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _decode(code, exponent, out, CODEC: tl.constexpr, BLOCK: tl.constexpr):
+def _decode(code, exponent, out, SIGNED: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0) * BLOCK
     i = start + tl.arange(0, BLOCK)
     e = tl.load(exponent + start // 64 + tl.arange(0, BLOCK // 8) // 8)
-    tl.store(out + i, CODEC(tl.load(code + i), e))
+    if SIGNED:
+        x = codecs._decode_signed(tl.load(code + i), e, PTX)
+    else:
+        x = codecs._decode_unsigned(tl.load(code + i), e)
+    tl.store(out + i, x)
+
+
+@triton.jit
+def _widen(x, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, nvidia._widen(tl.load(x + i)))
 
 
 @each("remainder", [0, 1, -1, 0x7FFF, -0x8000, 0x1234, "random"])
@@ -283,12 +295,19 @@ def test_random_bits_of_an_element_over_the_steps() -> None:
             assert correlated(x[apart:], x[:-apart]) < 5, apart
 
 
+def test_widened_bfloat16_are_the_same_numbers(device: torch.device) -> None:
+    if not nvidia.is_nvidia(device):
+        pytest.skip("NVIDIA's instructions")
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    got = in_blocks(_widen, [x.to(device)], [(torch.float32, 1)])
+    same_bits(floats(x.view(torch.int16).long() << 16), got)  # NaN keeps its bits, too
+
+
 @each("signed", [True, False], ids=["signed", "unsigned"])
 def test_all_codes_of_all_exponents(device: torch.device, signed: bool) -> None:
     """Each code decodes to a value of its own, in order, and is encoded as itself again."""
     code = torch.arange(256, dtype=torch.uint8)
     decode = formats.decode_signed if signed else formats.decode_unsigned
-    twins = codecs._decode_signed if signed else codecs._decode_unsigned
     for exponent in (1, 2, 20, 127, 200, 253):
         e = torch.full((4,), exponent, dtype=torch.uint8)
         x = decode(code, e)
@@ -298,7 +317,8 @@ def test_all_codes_of_all_exponents(device: torch.device, signed: bool) -> None:
         assert not signed or torch.equal(x[128:], -magnitudes)
         assert magnitudes[-1] < 2.0 ** (exponent - 126)
         wide, e = padded(code), torch.cat([e, e.new_full((12,), exponent)])
-        twin = in_blocks(_decode, [wide.to(device), e.to(device)], [(torch.float32, 1)], twins)
+        inputs, constants = [wide.to(device), e.to(device)], (signed, nvidia.is_nvidia(device))
+        twin = in_blocks(_decode, inputs, [(torch.float32, 1)], *constants)
         same_bits(decode(wide, e), twin)
         # blocks of 64 that hold their largest code: the exponent comes back, and so do the codes
         top = torch.full((256,), 127 if signed else 255, dtype=torch.uint8)
@@ -319,7 +339,8 @@ def test_encode_twins(device: torch.device, signed: bool, kind: str) -> None:
     x = padded(x if signed else x.abs()).to(device)
     random = torch.randint(0, 2**32, x.shape, device=device)
     own = formats.encode_signed(x) if signed else formats.encode_unsigned(x, random)
-    twins = in_blocks(_encode, [x, random], [(torch.uint8, 1), (torch.uint8, 64)], signed)
+    outputs, constants = [(torch.uint8, 1), (torch.uint8, 64)], (signed, nvidia.is_nvidia(device))
+    twins = in_blocks(_encode, [x, random], outputs, *constants)
     for a, b in zip(own, twins, strict=True):
         same_bits(a, b)
 

@@ -250,10 +250,12 @@ def test_on_hopper_the_update_begins_beside_the_schedule(
     reports: dict[tuple[str, str], Any], target: str
 ) -> None:
     """What it may read by then is seen with --ptx: nothing that the schedule writes."""
+    control = {"adamw": ["wait"], "schedule": ["launch_dependents"], "norm": []}
     for (name, of), report in reports.items():
         if of == target:
-            wanted = target == "sm_90" and report["kernel"] == "adamw"
-            assert report["overlaps"] == wanted, name
+            hopper = target == "sm_90"
+            assert report["overlaps"] == (hopper and report["kernel"] == "adamw"), name
+            assert report["grid_control"] == (control[report["kernel"]] if hopper else []), name
 
 
 @pytest.mark.parametrize("target", NVIDIA)

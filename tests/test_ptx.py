@@ -75,6 +75,28 @@ def test_programs_that_write_to_the_same_place_are_an_error() -> None:
         run_copy(4, programs=2)
 
 
+WAIT = "griddepcontrol.wait;"
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 2), (2, 1), (2, 0)], ids=["raw", "waw", "war"])
+def test_what_the_launch_before_touches_has_to_be_waited_for(source: int, target: int) -> None:
+    """The first launch copies from 0 to 1; of the second some threads begin before they wait."""
+    memory = [torch.arange(32, dtype=torch.int32) + 32 * i for i in range(3)]
+    regions = [ptx.region(x.data_ptr(), x.nbytes) for x in memory]
+    text = COPY.replace("STRIDE", "4")
+    arguments = {"source": memory[0].data_ptr(), "target": memory[1].data_ptr()}
+    first = ptx.Machine(regions, lambda: ())
+    first.launch(ptx.parse(text), arguments, 1, threads=32, shared=0)
+    arguments = {"source": memory[source].data_ptr(), "target": memory[target].data_ptr()}
+    whole = text.replace("mov.u32 %r1", f"{WAIT} mov.u32 %r1")
+    part = text.replace("ld.global.b32", f"{WAIT} ld.global.b32")  # the last 12 do not
+    second = ptx.Machine(regions, lambda: (), first)
+    second.launch(ptx.parse(whole), arguments, 1, threads=32, shared=0)
+    for unready in (text, part) if target == 1 else (text,):
+        with pytest.raises(RuntimeError, match="has not waited for the kernel before"):
+            second.launch(ptx.parse(unready), arguments, 1, threads=32, shared=0)
+
+
 def test_fma_rounds_once() -> None:
     """The sum lies next to the middle of two float32, by less than float64 can tell."""
     factor = np.full(3, 1 + 2.0**-12, np.float32)  # its square is 1 + 2^-11 + 2^-24, a tie
