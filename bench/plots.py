@@ -30,7 +30,7 @@ COLORS = dict(
 
 def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: Path) -> None:
     """TB/s by case against the ceiling, host time by tensor count, memory a parameter."""
-    shown = [x for x in lines if x.device_times and not x.problem and AGAIN not in x.provider]
+    shown = [x for x in lines if x.wall and not x.problem and AGAIN not in x.provider]
     cases = list(dict.fromkeys(line.case for line in shown))
     providers = list(dict.fromkeys(line.provider for line in shown))
     if not shown:
@@ -49,7 +49,10 @@ def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: 
         for line in shown:
             y, color = ys[id(line)], COLORS[line.provider]
             if path == "throughput.png":
-                axes.barh(y, 0.0 if line.waited else line.tbs, 0.9, color=color)
+                if line.tbs is None:
+                    axes.text(0, y, " ?", color=color, size=6, va="center")
+                else:
+                    axes.barh(y, line.tbs, 0.9, color=color)
                 continue
             state = (line.state_bytes or 0) / line.numel
             axes.barh(y, state, 0.9, color=color)

@@ -66,7 +66,8 @@ def load(path: Path, cpu: bool = False) -> dict[str, Any]:
         machine = numbers["machine"]
         timed = [line for line in numbers["lines"] if line["wall"] and not line["problem"]]
         commit, device = machine["commit"], machine["device"]
-        numbers["on_gpu"] = "CUDA" in machine and all(line["gpu"] for line in timed)
+        known = [line["gpu"] for line in timed if not line.get("waited")]
+        numbers["on_gpu"] = "CUDA" in machine and all(known)
         numbers["command"], numbers["ceilings_by_round"][CEILING]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
@@ -127,8 +128,8 @@ def _row(
     label: str, ours: dict[str, Any], theirs: dict[str, Any], what: str, most: float
 ) -> list[str]:
     def median(line: dict[str, Any], key: str) -> str:
-        times, unknown = line[key], line["problem"] or (key == "gpu" and line.get("waited"))
-        return number(statistics.median(times) if times and not unknown else None)
+        times = line[key]
+        return number(statistics.median(times) if times and not line["problem"] else None)
 
     tbs = None if ours["problem"] else ours["tbs"]
     return [
@@ -154,17 +155,17 @@ def _format_rows(
         name = provider.removeprefix(OURS)
         if name not in FORMATS or line["problem"]:
             continue
-        middle = statistics.median(line[what])
+        tbs, middle = line["tbs"], statistics.median(line[what]) if line[what] else None
         in_fp32 = lines.get((case.removesuffix("-bf16"), FUSED)) if "-bf16" in case else None
         ratio = None
-        if in_fp32 and not in_fp32["problem"]:
+        if middle and in_fp32 and in_fp32[what] and not in_fp32["problem"]:
             ratio = statistics.median(in_fp32[what]) / middle
         yield [
             f"{case}, {name.removeprefix('+').replace('+', ' + ')}",
             number((line["state_bytes"] or 0) / line["numel"]),
             number(middle),
-            number(line["tbs"]),
-            number(100 * line["tbs"] / most),
+            number(tbs),
+            number(None if tbs is None else 100 * tbs / most),
             number(line["times_rival"][what]),
             number(ratio),
         ]
@@ -202,7 +203,11 @@ def _notes(numbers: dict[str, Any], most: float, lines: Sequence[dict[str, Any]]
     syncs = [x["syncs"] for x in lines if x["provider"].startswith(OURS) and not x["problem"]]
     if None not in syncs:
         yield f"Waits of the host for the GPU that torch sees in our steps: {sum(syncs)}."
-    waited = [f"{x['case']}, {x['provider']}" for x in lines if x.get("waited")]
+    waited = [
+        f"{x['case']}, {x['provider']}"
+        for x in numbers["lines"]
+        if x.get("waited") and x["provider"].startswith((OURS, FUSED))  # or it is not shown
+    ]
     if waited:
         yield f"Not known, as the GPU waited for the host within it: {'; '.join(waited)}."
     failed = [f"{x['case']}, {x['provider']}: {x['problem']}" for x in lines if x["problem"]]

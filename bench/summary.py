@@ -33,11 +33,9 @@ def times_as_fast(line: Line, base: Line, what: str) -> float | None:
     """The median of the ratios within rounds; None where one of both was not timed."""
     if line.problem or base.problem:
         return None
-    if what == "gpu" and (line.waited or base.waited):
-        return None
     mine: list[float] = getattr(line, what)
     others: list[float] = getattr(base, what)
-    if not mine:
+    if not mine or not others:
         return None
     return statistics.median(b / a for a, b in zip(mine, others, strict=True))
 
@@ -93,7 +91,8 @@ def tabulate(case: Case, lines: Sequence[Line], ceiling: float) -> Table:
         style = "green" if line.provider.startswith(OURS) else ""
         if line.problem:
             continue
-        low, middle, high = percentiles(line.device_times)
+        times, tbs = line.device_times, line.tbs
+        low, middle, high = percentiles(times) if times else (None, None, None)
         state, peak = (
             None if size is None else size / line.numel
             for size in (line.state_bytes, line.peak_bytes)
@@ -110,8 +109,8 @@ def tabulate(case: Case, lines: Sequence[Line], ceiling: float) -> Table:
             number(line.syncs, 0),
             number(state),
             number(peak),
-            number(line.tbs),
-            number(100 * line.tbs / ceiling),
+            number(tbs),
+            number(None if tbs is None else 100 * tbs / ceiling),
             number(speedup(line, lines, "gpu")),
             number(speedup(line, lines, "wall")),
             style=style,
@@ -120,19 +119,19 @@ def tabulate(case: Case, lines: Sequence[Line], ceiling: float) -> Table:
 
 
 def means(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
-    """Geometric mean over the cases of how many times as fast as its rival each provider is."""
+    """Geometric mean over the cases of how many times as fast as its rival each provider is.
+
+    On a GPU over those in which its time is known, by wall time, too.
+    """
+    kinds = ("gpu", "wall") if any(line.gpu for line in lines) else ("wall",)
     found: dict[str, dict[str, float]] = {}
     for provider in dict.fromkeys(line.provider for line in lines):
-        for what in "wall", "gpu":  # the cases are those of the last that is known
-            ratios = [
-                ratio
-                for line in lines
-                if line.provider == provider and (ratio := speedup(line, lines, what)) is not None
-            ]
-            if ratios:
-                known = found.setdefault(provider, {})
-                known[what] = statistics.geometric_mean(ratios)
-                known["cases"] = len(ratios)
+        own = [line for line in lines if line.provider == provider]
+        ratios = [[speedup(line, lines, what) for what in kinds] for line in own]
+        known = [[x for x in pair if x is not None] for pair in ratios if None not in pair]
+        if known:
+            means = map(statistics.geometric_mean, zip(*known, strict=True))
+            found[provider] = {"cases": len(known), **dict(zip(kinds, means, strict=True))}
     return found
 
 
@@ -175,7 +174,7 @@ def write(
                     for what in ("gpu", "wall", "host")
                     if (times := getattr(line, what))
                 },
-                "tbs": line.tbs if line.device_times else None,
+                "tbs": line.tbs,
                 "rival": rival(line.provider),
                 "times_rival": {what: speedup(line, lines, what) for what in ("gpu", "wall")},
             }

@@ -34,7 +34,7 @@ class Line:
     problem: str = ""
     failed: bool = False  # for another reason than memory
     gpu: list[float] = field(default_factory=list)
-    waited: bool = False  # the GPU, for the host, within these
+    waited: bool = False  # the GPU did, for the host, within its times: they are left out
     wall: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     launches: int | None = None
@@ -51,13 +51,14 @@ class Line:
 
     @property
     def device_times(self) -> list[float]:
-        """GPU times, on a CPU wall times."""
-        return self.gpu or self.wall
+        """GPU times, on a CPU wall times; none where a GPU's are not known."""
+        return [] if self.waited else self.gpu or self.wall
 
     @property
-    def tbs(self) -> float:
-        """TB/s of the median step."""
-        return self.bytes_moved / statistics.median(self.device_times) / 1e6
+    def tbs(self) -> float | None:
+        """TB/s of the median step, where its time is known."""
+        times = self.device_times
+        return self.bytes_moved / statistics.median(times) / 1e6 if times else None
 
 
 class Gradients:
@@ -245,4 +246,7 @@ def run_case(
                 line.fail(error)
                 entrants.remove((entrant, line))
         advance(1 / rounds)
+    for line in lines:
+        if line.waited:
+            line.gpu.clear()
     return lines

@@ -126,7 +126,7 @@ CANDIDATES = (
     Candidate("prefetch-4096", {"prefetch": 4096}, "nearer: less of the cache is taken"),
     Candidate("prefetch-8192", {"prefetch": 8192}, "farther: is it there in time?"),
     Candidate("overlap", {"overlap": True}, "launched and looked up while the schedule runs"),
-    Candidate("apart", {"overlap": False}, "behind it: is it worth an instruction?"),
+    Candidate("apart", {"overlap": False}, "after it: does the overlap repay its instruction?"),
     Candidate("load-cg", {"load_cache": ".cg"}, "past L1: nothing is read twice"),
     Candidate("load-cs", {"load_cache": ".cs"}, "read lines leave first (refused by Triton 3.6)"),
     Candidate("store-cs", {"store_cache": ".cs"}, "written lines leave first: no one reads them"),
@@ -405,6 +405,8 @@ def measure(
 def ratio(line: Line, lines: Sequence[Line]) -> float | None:
     """How many times as fast as the default, by the median of the ratios within rounds."""
     base = next(x for x in lines if x.provider == DEFAULT.name)
+    if line.waited or base.waited:
+        return None
     return times_as_fast(line, base, "gpu" if base.gpu else "wall")
 
 
@@ -418,8 +420,9 @@ def show_measured(
         table.add_column(head, justify="right")
     rows = {row.candidate: row for row in compiled if row.set == timed.set}
     for line in lines:
-        if line.problem:
-            table.add_row(line.provider, f"[red]{line.problem}[/]")
+        reached = line.tbs
+        if line.problem or reached is None:
+            table.add_row(line.provider, f"[red]{line.problem or 'waited for the host'}[/]")
             continue
         low, middle, high = percentiles(line.device_times)
         row = rows.get(line.provider)
@@ -429,9 +432,9 @@ def show_measured(
             line.provider,
             *(number(x) for x in (middle, low, high)),
             f"{ratio(line, lines) or float('nan'):.3f}",
-            f"{line.tbs:.2f}",
+            f"{reached:.2f}",
             f"{expected:.2f}",
-            f"{line.tbs / expected:.0%}",
+            f"{reached / expected:.0%}",
         )
     return table
 

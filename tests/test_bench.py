@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +274,42 @@ def test_each_step_is_timed_with_another_lr(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(3):
             entrant.time(device, grads, line)
         assert len(set(rates)) == (1 if compiled else 3)
+
+
+class SlowHost(machine.Device):
+    """A GPU that gets to a step before the host is done, so many times."""
+
+    def __init__(self, waits: int) -> None:
+        self.waits, self.ahead = waits, list[float]()
+        super().__init__()
+        self.cuda = True
+
+    def synchronize(self) -> None: ...
+
+    def flush(self, seconds: float = 0.0) -> None:
+        self.ahead += [seconds] if seconds else []
+
+    def time(self, call: Callable[[], object]) -> tuple[float, bool]:
+        self.waits -= 1
+        return 1e-6, self.waits >= 0
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(("waits", "times", "known"), [(0, 1, True), (2, 3, True), (3, 3, False)])
+def test_what_waited_for_the_host_is_timed_again(waits: int, times: int, known: bool) -> None:
+    case, device = cases.TINY_CASES["tiny"], machine.Device()
+    groups = cases.make(case, device.device)
+    params = [p for group in groups for p in group["params"]]
+    grads, line = timing.Gradients(case, params, device.device), timing.Line("", "", 0, 0, 1)
+    provider = providers.Provider(functools.partial(torch.optim.SGD, lr=1.0))
+    entrant = timing.Entrant(provider, groups, grads, device, line)
+    slow = SlowHost(waits)
+    entrant.time(slow, grads, line)
+    assert len(slow.ahead) == times
+    assert [b / a for a, b in itertools.pairwise(slow.ahead)] == [pytest.approx(1.5)] * (times - 1)
+    assert line.gpu == [1.0]
+    assert line.waited == (not known)
+    assert line.device_times == ([1.0] if known else [])
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -119,17 +120,27 @@ def test_what_failed_is_not_hidden(on_gpu: Numbers, tmp_path: Path) -> None:
     assert "Not timed: tiny, fused_adamw: RuntimeError: no such luck." in text
 
 
-def test_a_time_that_the_gpu_waited_in_is_left_out(on_gpu: Numbers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", ["torch-fused+clip", "fused_adamw+clip"])
+def test_a_time_that_the_gpu_waited_in_is_left_out(
+    on_gpu: Numbers, tmp_path: Path, provider: str
+) -> None:
     fields = timing.Line.__dataclass_fields__
     lines = [timing.Line(**{key: x[key] for key in fields}) for x in on_gpu["lines"]]
-    (line,) = (x for x in lines if (x.case, x.provider) == ("tiny-mixed", "torch-fused+clip"))
-    line.waited = True
+    (line,) = (x for x in lines if (x.case, x.provider) == ("tiny-mixed", provider))
+    line.waited, line.gpu = True, []
+    lines.append(dataclasses.replace(line, provider="fused_adamw+int8"))
     facts = on_gpu["command"], on_gpu["machine"], on_gpu["ceilings_by_round"]
     summary.write(tmp_path / "step.json", *facts, lines, {})
     text = report.block([tmp_path / "step.json"])
-    assert cells(text, "tiny-mixed, clipped")[3:7] == ["-", "3,750", "-", "3.20"]
-    assert cells(text, "geometric mean of 1, clipped")[5] == "**6.40**"
-    assert "as the GPU waited for the host within it: tiny-mixed, torch-fused+clip." in text
+    row = cells(text, "tiny-mixed, clipped")
+    ours = provider.startswith("fused_adamw")
+    assert row[3:7] == (["24,000", "-", "-", "3.20"] if ours else ["-", "3,750", "-", "3.20"])
+    assert (row[7:9] == ["-", "-"]) == ours
+    assert cells(text, "tiny-mixed, int8")[2:] == ["-"] * 5
+    mean = cells(text, "geometric mean of 1, clipped")
+    assert mean[5] == "**6.40**"
+    assert mean[6] == cells(text, "tiny, clipped")[6].join(["**"] * 2)  # of the same case
+    assert f"the host within it: tiny-mixed, {provider}; tiny-mixed, fused_adamw+int8." in text
 
 
 def test_changes_since_the_commit_are_told(on_gpu: Numbers, tmp_path: Path) -> None:

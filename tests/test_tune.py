@@ -62,7 +62,7 @@ def test_candidates_are_few_reasoned_and_can_be_launched() -> None:
     assert 12 <= len(tune.CANDIDATES) <= 29
     assert len({c.reason for c in tune.CANDIDATES}) == len(tune.CANDIDATES)
     for target, lanes in (("sm_100", 32), ("gfx942", 64)):  # of neither anything is measured
-        default = ("prefetch-0", "apart")  # there
+        default = ("prefetch-0", "apart")  # what the default has where nothing is measured
         launched = [c.parameters(target) for c in tune.CANDIDATES if c.name not in default]
         for p in launched:
             assert p.block // (p.num_warps * lanes) == 8, "128 bits of bf16 a thread"
