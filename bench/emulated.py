@@ -1,6 +1,6 @@
 """The main kernel's arithmetic in torch operations: an emulation, for where no GPU runs the kernel.
 
-It shares no code with kernels/adamw.py, only what is computed in which order, and rounded where;
+It shares no code with kernels/update.py, only what is computed in which order, and rounded where;
 tests/test_accuracy.py holds it to the kernel's bits in Triton's interpreter. A fused multiply-add
 is taken in float64, where the product of two float32 numbers is exact, then rounded to float32:
 about once in 2^29 the sum meets a tie in float64 first, and is rounded twice.

@@ -1,6 +1,6 @@
 """AdamW in plain torch: the path of CPU tensors, and the oracle of the kernels.
 
-Twins of the kernels by name: `schedule` of kernels/schedule.py, `adamw_update` of kernels/adamw.py.
+Twins of the kernels by name: `schedule` of kernels/schedule.py, `adamw_update` of its update.py.
 """
 
 from __future__ import annotations

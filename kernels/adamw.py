@@ -1,4 +1,4 @@
-"""AdamW for every tensor of a device in one launch: the math, then the kernel that finds memory."""
+"""AdamW for every tensor of a device in one launch: the kernel that finds memory, its launcher."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from .codecs import (
     _decode_unsigned,
     _encode_remainder,
     _encode_signed,
-    _encode_unsigned,
-    _random_bits,
-    _random_words,
-    _repeat,
     _round_stochastic,
 )
 from .columns import (
@@ -32,8 +28,6 @@ from .columns import (
     EXP_AVG_SQ_SCALE_AT,
     GRAD_FACTOR,
     GROUP_WORDS,
-    KEY0,
-    KEY1,
     L2,
     MASTER_AT,
     MAX_EXP_AVG_SQ_AT,
@@ -53,21 +47,24 @@ from .columns import (
 )
 from .front import Call, Front
 from .launch_parameters import LaunchParameters
-from .nvidia import _reciprocal, _wait_for_previous, _widen
+from .nvidia import _wait_for_previous
 from .prefetch import _prefetch_ahead
-
-_ADDED_SQUARES = tl.constexpr(t.ADDED_SQUARES)
-_ADDED = tl.constexpr(t.ADDED)
-_LOST = tl.constexpr(t.LOST)
-_FIRST = tl.constexpr(t.FIRST)
-_INNER = tl.constexpr(t.INNER)
-_INNER_WHOLE = tl.constexpr(t.INNER_WHOLE)
+from .streams import (
+    _at,
+    _exponents_at,
+    _exponents_mask,
+    _in_groups,
+    _load,
+    _load_exponents,
+    _random,
+    _store,
+    _store_second,
+    _widened,
+)
+from .update import _HARDWARE, _IEEE, _RECIPROCAL, _adamw_update, _measure
 
 _GROUP = tl.constexpr(t.RANDOM_GROUP)
-_GROUP_SHIFT = tl.constexpr(t.RANDOM_GROUP.bit_length() - 1)
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
-# how float32 is divided, and its root taken
-_HARDWARE, _IEEE, _RECIPROCAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 _TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -78,173 +75,6 @@ _TRITON_DTYPES = {
     torch.int16: tl.int16,
     None: tl.int1,  # no master: Triton 3.6 takes no None within a tuple
 }
-
-
-@triton.jit
-def _sqrt(x, ARITHMETIC: tl.constexpr):
-    """Square root: IEEE if exact and always in float64, else the hardware's, 2^-23 off at most."""
-    if ARITHMETIC == _IEEE and x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
-    return tl.sqrt(x)
-
-
-@triton.jit
-def _quotient(a, b, ARITHMETIC: tl.constexpr):
-    """a / b: IEEE if exact and always in float64, else 2 ULP off at most.
-
-    By the reciprocal it is 2 instructions, not 9; that of a subnormal b is infinite, and 0 where b
-    is above 2^126, so that launch.py asks for IEEE where eps makes either possible.
-    """
-    if ARITHMETIC == _IEEE and a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    if ARITHMETIC == _RECIPROCAL and a.dtype == tl.float32:
-        return a * _reciprocal(b)
-    return a / b
-
-
-@triton.jit
-def _average(old, new, weight, square_error):
-    """old + (1-beta) * (new-old), kept one-sided: weight is 1-beta, or -beta where beta <= 1/2."""
-    return tl.fma(weight, square_error, tl.where(weight > 0, old, new))
-
-
-@triton.jit
-def _adamw_update(
-    p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2,
-    AMSGRAD: tl.constexpr, ARITHMETIC: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip
-    """One AdamW update of values in the compute dtype; the scalars are schedule.py's.
-
-    The last value is what was added to p, before any rounding to p's own spacing.
-    """
-    g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
-    m = _average(m, g, w1, g - m)
-    # An overflowed second moment counts as the largest number: inf - inf would be NaN. It still is
-    # where g * g itself overflows with beta2 <= 1/2; a select against that costs 8 registers.
-    v = tl.minimum(v, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    v = _average(v, g * g, w2, tl.fma(g, g, v * -1.0))  # -v would be 0 - v, an instruction
-    if AMSGRAD:
-        v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
-        d = _sqrt(v_max, ARITHMETIC) * rsqrt_bias2 + eps
-    else:
-        d = _sqrt(v, ARITHMETIC) * rsqrt_bias2 + eps
-    decayed = tl.where(decay != 0, tl.fma(p, decay, p), p)
-    quotient = _quotient(m, d, ARITHMETIC)
-    added = tl.fma(neg_step_size, quotient, tl.where(decay != 0, p * decay, 0))
-    p = tl.fma(neg_step_size, quotient, decayed)
-    return p, m, v, v_max, added
-
-
-@triton.jit
-def _measure(added, old, kept, mask):
-    """Sums over a block, float32 [MEASURES]; kept: the param as it is read in the next step.
-
-    Squares are float32: those of numbers below 1e-22 vanish, above 1e19 they are infinite.
-    """
-    added = tl.where(mask, added, 0)
-    moves = added != 0
-    lost = moves & (kept == old)
-    kept = tl.where(mask, kept, 0)
-    counts = tl.sum(moves.to(tl.int32) + (lost.to(tl.int32) << 16), axis=0)  # blocks are smaller
-    column = tl.arange(0, MEASURES)
-    counted = tl.where(column == _LOST, counts >> 16, counts & 0xFFFF).to(tl.float32)
-    squares = tl.where(
-        column == _ADDED_SQUARES, tl.sum(added * added, axis=0), tl.sum(kept * kept, axis=0)
-    )
-    return tl.where(column < _ADDED, squares.to(tl.float32), counted)
-
-
-@triton.jit
-def _at(address, start, lane, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to a block's elements. Vector access needs the hint on the pointer, right here."""
-    pointer = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + start + lane
-
-
-@triton.jit
-def _load(at, mask, CACHE: tl.constexpr, EVICTION: tl.constexpr):
-    return tl.load(at, mask=mask, cache_modifier=CACHE, eviction_policy=EVICTION)
-
-
-@triton.jit
-def _store(at, value, mask, CACHE: tl.constexpr, EVICTION: tl.constexpr):
-    tl.store(at, value, mask=mask, cache_modifier=CACHE, eviction_policy=EVICTION)
-
-
-@triton.jit
-def _exponents_at(tensor, start, COLUMN: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to exponents, for each group of 8 elements to that of its quantisation block."""
-    at = tl.load(tensor + COLUMN).to(tl.pointer_type(tl.uint8)) + start // QUANT_BLOCK
-    return at + tl.arange(0, BLOCK // _GROUP) // (QUANT_BLOCK // _GROUP)
-
-
-@triton.jit
-def _exponents_mask(first, last, BLOCK: tl.constexpr):
-    begin = tl.arange(0, BLOCK // _GROUP) // (QUANT_BLOCK // _GROUP) * QUANT_BLOCK
-    return (begin >= first) & (begin < last)
-
-
-@triton.jit
-def _in_groups(tensor, COLUMNS: tl.constexpr):
-    """Whether each 8 elements from a block's start on are a random group of the whole tensor."""
-    begins = tl.load(tensor + _FIRST)
-    if COLUMNS:
-        begins |= tl.load(tensor + _INNER) | tl.load(tensor + _INNER_WHOLE)
-    return begins % _GROUP == 0
-
-
-@triton.jit
-def _random(
-    tensor, scalars, start, lane, COLUMNS: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Two times 32 random bits for each element, by its place in the whole tensor."""
-    at = tl.arange(0, BLOCK // _GROUP) * _GROUP if GROUPED else lane
-    begin = start + tl.load(tensor + _FIRST)
-    if COLUMNS:  # each row leaves out those of the whole tensor's elements that others have
-        inner = tl.load(tensor + _INNER)
-        row = start // inner
-        begun = at - tl.minimum((row + 1) * inner - start, BLOCK).to(tl.int32)
-        more = begun // tl.minimum(inner, BLOCK).to(tl.int32) + 1
-        row += tl.where(begun < 0, 0, more)
-        index = begin + at + row * (tl.load(tensor + _INNER_WHOLE) - inner)
-        group, k = index >> _GROUP_SHIFT, (index & (_GROUP - 1)).to(tl.int32)
-    else:  # shifts, and 32 bits where they are enough: fewer registers
-        within = (begin & (_GROUP - 1)).to(tl.int32) + at
-        group, k = (begin >> _GROUP_SHIFT) + (within >> _GROUP_SHIFT), within & (_GROUP - 1)
-    keys = scalars.to(tl.pointer_type(tl.uint32), bitcast=True)
-    x, y = _random_words(group, tl.load(keys + KEY0), tl.load(keys + KEY1))
-    if GROUPED:  # one hash for 8 elements, whose powers are constants then
-        x, y, k = _repeat(x, _GROUP), _repeat(y, _GROUP), lane % _GROUP
-    return _random_bits(x, k), _random_bits(y, k)
-
-
-@triton.jit
-def _load_exponents(at, mask, FORMAT: tl.constexpr):
-    """Those of 8-bit moments; 0 for others, which have none."""
-    return tl.load(at, mask=mask, other=0) if FORMAT == tl.uint8 else 0
-
-
-@triton.jit
-def _widened(x, COMPUTE: tl.constexpr, PTX: tl.constexpr):
-    """As the dtype of the arithmetic."""
-    return (_widen(x) if PTX and x.dtype == tl.bfloat16 else x).to(COMPUTE)
-
-
-@triton.jit
-def _store_second(
-    at, exponents_at, x, random, mask, exponents_mask, FORMAT: tl.constexpr,
-    STOCHASTIC: tl.constexpr, CACHE: tl.constexpr, EVICTION: tl.constexpr,
-):  # fmt: skip
-    if FORMAT == tl.uint8:
-        code, exponents = _encode_unsigned(x, random)
-        tl.store(exponents_at, exponents, mask=exponents_mask)
-        _store(at, code, mask, CACHE, EVICTION)
-    elif STOCHASTIC and FORMAT == tl.bfloat16:
-        _store(at, _round_stochastic(x, random), mask, CACHE, EVICTION)
-    else:
-        _store(at, x.to(FORMAT), mask, CACHE, EVICTION)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import table as t
-from .adamw import _at, constexpr_signatures
+from .adamw import constexpr_signatures
 from .columns import (
     GROUP_WORDS,
     NUMEL,
@@ -21,6 +21,7 @@ from .columns import (
     TENSOR_WORDS,
 )
 from .front import Call, Front
+from .streams import _at
 
 _MESH = tl.constexpr(t.MESH)
 _VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format
