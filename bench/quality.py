@@ -110,19 +110,23 @@ def stored_bytes(model: nn.Module, optimizer: FusedAdamW) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+def requested_bytes() -> int:
+    """What a GPU's allocator is asked for by now: what it gives is rounded up to blocks."""
+    return int(torch.cuda.memory_stats().get("requested_bytes.all.current", 0))
+
+
 def measure_bytes(name: str, size: Size, device: torch.device) -> float:
     """Bytes a parameter after a step, with gradients: on a GPU as its allocator counts them."""
     stored = FORMATS[name]
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    before = requested_bytes()  # 0 where no GPU is used
     model = GPT(size).to(device, stored.weights)
     optimizer = FusedAdamW(model.parameters(), **stored.options)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    if device.type == "cuda":
-        held = torch.cuda.memory_allocated() - before
-    else:  # torch's CPU allocator keeps no count
-        held = stored_bytes(model, optimizer)
+    # torch's CPU allocator keeps no count
+    on_gpu = device.type == "cuda"
+    held = requested_bytes() - before if on_gpu else stored_bytes(model, optimizer)
     return held / sum(p.numel() for p in model.parameters())
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain, compress
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -230,9 +231,9 @@ def states_in_parts(entries: Entries, state: State) -> Iterator[list[Tensor]]:
     in_order = len(state) == len(entries.params) and objects(state) == entries.objects
     dicts = list(state.values() if in_order else map(state.__getitem__, entries.params))
     for i in range(0, len(dicts), IN_CACHE):
-        part, states = dicts[i : i + IN_CACHE], []
+        part, states = dicts[i : i + IN_CACHE], list[Tensor]()
         for key, has in entries.keys.items():
-            states += [s[key] for s in (compress(part, has[i:]) if has else part)]
+            states += map(itemgetter(key), compress(part, has[i:]) if has else part)
         yield list(map(local, states)) if entries.sharded else states
 
 
