@@ -273,6 +273,7 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
         elif code.last_vector_store:
             cost = code.last_vector_store / per_thread
     names = {dtype: short for short, dtype in DTYPES.items()}
+    ptx = launch.compiled.asm.get("ptx", "")  # NVIDIA's alone
     return Report(
         kernel=case.kernel,
         set=name,
@@ -290,11 +291,11 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
         shared=launch.compiled.metadata.shared,
         instructions=code.instructions if count else None,
         instructions_per_element=cost,
-        reciprocals=launch.compiled.asm.get("ptx", "").count("rcp.approx.ftz.f32"),
-        prefetches=launch.compiled.asm.get("ptx", "").count(PREFETCH),
-        read_early=_read_early(launch.compiled.asm.get("ptx", "")),
+        reciprocals=ptx.count("rcp.approx.ftz.f32"),
+        prefetches=ptx.count(PREFETCH),
+        read_early=_read_early(ptx),
         overlaps=getattr(launch.compiled.metadata, "launch_pdl", False),
-        grid_control=re.findall(r"griddepcontrol\.(\w+)", launch.compiled.asm.get("ptx", "")),
+        grid_control=re.findall(r"griddepcontrol\.(\w+)", ptx),
         loads=code.loads,
         stores=code.stores,
     )

@@ -21,7 +21,7 @@ from typing import Any
 from blocks import rewrite, table
 from machine import ceiling
 from providers import CLIP, FORMATS, FUSED, OURS
-from summary import number
+from summary import number, percent
 
 ROOT = Path(__file__).parents[1]
 CEILING = "4R3W fp32"
@@ -124,12 +124,17 @@ def _caption(facts: dict[str, str], command: str) -> str:
     return f"{', '.join(known)}: `{command}`"
 
 
+def _median(line: dict[str, Any], what: str) -> float | None:
+    """Of the times of all rounds; None where they are not known."""
+    times = line[what]
+    return statistics.median(times) if times and not line["problem"] else None
+
+
 def _row(
     label: str, ours: dict[str, Any], theirs: dict[str, Any], what: str, most: float
 ) -> list[str]:
     def median(line: dict[str, Any], key: str) -> str:
-        times = line[key]
-        return number(statistics.median(times) if times and not line["problem"] else None)
+        return number(_median(line, key))
 
     tbs = None if ours["problem"] else ours["tbs"]
     return [
@@ -141,7 +146,7 @@ def _row(
         number(ours["times_rival"][what]),
         number(ours["times_rival"]["wall"]),
         number(tbs),
-        number(None if tbs is None else 100 * tbs / most),
+        percent(tbs, most),
         f"{number(ours['launches'], 0)} / {number(theirs['launches'], 0)}",
         f"{median(ours, 'host')} / {median(theirs, 'host')}",
     ]
@@ -155,19 +160,17 @@ def _format_rows(
         name = provider.removeprefix(OURS)
         if name not in FORMATS or line["problem"]:
             continue
-        tbs, middle = line["tbs"], statistics.median(line[what]) if line[what] else None
+        middle = _median(line, what)
         in_fp32 = lines.get((case.removesuffix("-bf16"), FUSED)) if "-bf16" in case else None
-        ratio = None
-        if middle and in_fp32 and in_fp32[what] and not in_fp32["problem"]:
-            ratio = statistics.median(in_fp32[what]) / middle
+        theirs = _median(in_fp32, what) if in_fp32 else None
         yield [
             f"{case}, {name.removeprefix('+').replace('+', ' + ')}",
             number((line["state_bytes"] or 0) / line["numel"]),
             number(middle),
-            number(tbs),
-            number(None if tbs is None else 100 * tbs / most),
+            number(line["tbs"]),
+            percent(line["tbs"], most),
             number(line["times_rival"][what]),
-            number(ratio),
+            number(theirs / middle if theirs and middle else None),
         ]
 
 

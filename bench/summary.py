@@ -49,6 +49,11 @@ def number(x: float | None, digits: int = 3) -> str:
     return f"{x:,.{max(0, digits - len(str(int(abs(x)))))}f}"
 
 
+def percent(tbs: float | None, ceiling: float) -> str:
+    """That a speed is of the ceiling; a dash where it is not known."""
+    return number(None if tbs is None else 100 * tbs / ceiling)
+
+
 COLUMNS = {  # and the least width of each, so that cases line up
     "provider": 24,
     "GPU us": 9,
@@ -91,7 +96,7 @@ def tabulate(case: Case, lines: Sequence[Line], ceiling: float) -> Table:
         style = "green" if line.provider.startswith(OURS) else ""
         if line.problem:
             continue
-        times, tbs = line.device_times, line.tbs
+        times = line.device_times
         low, middle, high = percentiles(times) if times else (None, None, None)
         state, peak = (
             None if size is None else size / line.numel
@@ -109,8 +114,8 @@ def tabulate(case: Case, lines: Sequence[Line], ceiling: float) -> Table:
             number(line.syncs, 0),
             number(state),
             number(peak),
-            number(tbs),
-            number(None if tbs is None else 100 * tbs / ceiling),
+            number(line.tbs),
+            percent(line.tbs, ceiling),
             number(speedup(line, lines, "gpu")),
             number(speedup(line, lines, "wall")),
             style=style,
@@ -130,8 +135,8 @@ def means(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
         ratios = [[speedup(line, lines, what) for what in kinds] for line in own]
         known = [[x for x in pair if x is not None] for pair in ratios if None not in pair]
         if known:
-            means = map(statistics.geometric_mean, zip(*known, strict=True))
-            found[provider] = {"cases": len(known), **dict(zip(kinds, means, strict=True))}
+            of_kinds = map(statistics.geometric_mean, zip(*known, strict=True))
+            found[provider] = {"cases": len(known), **dict(zip(kinds, of_kinds, strict=True))}
     return found
 
 

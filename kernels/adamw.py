@@ -13,7 +13,6 @@ from .codecs import (
     _decode_master,
     _decode_remainder,
     _decode_signed,
-    _decode_unsigned,
     _encode_remainder,
     _encode_signed,
     _round_stochastic,
@@ -45,12 +44,15 @@ from .columns import (
     W1,
     W2,
 )
+from .columns import RANDOM_GROUP as _GROUP
 from .front import Call, Front
 from .launch_parameters import LaunchParameters
 from .nvidia import _wait_for_previous
 from .prefetch import _prefetch_ahead
 from .streams import (
+    _VECTOR,
     _at,
+    _decode_second,
     _exponents_at,
     _exponents_mask,
     _in_groups,
@@ -62,9 +64,6 @@ from .streams import (
     _widened,
 )
 from .update import _HARDWARE, _IEEE, _RECIPROCAL, _adamw_update, _measure
-
-_GROUP = tl.constexpr(t.RANDOM_GROUP)
-_VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
 
 _TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -151,12 +150,8 @@ def _block(
         m = _decode_signed(m, m_exponents, PAIRS)
     else:
         m = _widened(m, COMPUTE, PAIRS)
-    if EXP_AVG_SQ == tl.uint8:
-        v = _decode_unsigned(v, v_exponents)
-        v_max = _decode_unsigned(v_max, v_max_exponents) if AMSGRAD else v
-    else:
-        v = _widened(v, COMPUTE, PAIRS)
-        v_max = _widened(v_max, COMPUTE, PAIRS) if AMSGRAD else v
+    v = _decode_second(v, v_exponents, COMPUTE, PAIRS)
+    v_max = _decode_second(v_max, v_max_exponents, COMPUTE, PAIRS) if AMSGRAD else v
     if MASTER == tl.int1:
         p = _widened(p, COMPUTE, PAIRS)
     elif MASTER == tl.int16:
@@ -385,9 +380,10 @@ def launch_options(
         cap = tuned.maxnreg if several else one
     wide = table.float64 or store_grad or measure or any(s.columns for s in signatures)
     options = {"num_warps": tuned.num_warps, "enable_fp_fusion": False}
-    if nvidia.is_nvidia(device):
-        options |= {"launch_pdl": True} if nvidia.overlaps(tuned, device) else {}
-        options |= {"maxnreg": cap} if cap and not wide else {}
+    if nvidia.overlaps(tuned, device):
+        options["launch_pdl"] = True
+    if cap and not wide and nvidia.is_nvidia(device):
+        options["maxnreg"] = cap
     return options
 
 
@@ -396,7 +392,7 @@ def adamw(
 ) -> None:
     """Update every tensor of the table whose gradient is present; `schedule` must have run.
 
-    On the same stream, and last: with `overlap` programs begin before it has ended.
+    As the launch before this one, on the same stream: with `overlap` programs begin beside it.
 
     Moves `Signature.bytes_per_element` an element, and one write more of the gradient with
     `store_grad`, which leaves unscaled gradients behind. rows: float32 [n_programs, MEASURES], in

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import table as t
 from .columns import QUANT_BLOCK
+from .columns import RANDOM_GROUP as _GROUP
 from .nvidia import _and_or, _top_bytes
 
 _SIGNED_SHIFT = tl.constexpr(23 - t.SIGNED_MANTISSA)
@@ -28,7 +29,6 @@ _UNSIGNED_CARRY = tl.constexpr(t.UNSIGNED_CARRY)
 _UNSIGNED_LARGEST = tl.constexpr(t.UNSIGNED_LARGEST)
 _BINADE = tl.constexpr(1 << 23)
 _SIGN = tl.constexpr(-(2**31))
-_GROUP = tl.constexpr(t.RANDOM_GROUP)
 _POWER1 = tl.constexpr(t.RANDOM_MULTIPLIER)
 _POWER2 = tl.constexpr(t.RANDOM_MULTIPLIER**2 % 2**32)
 _POWER4 = tl.constexpr(t.RANDOM_MULTIPLIER**4 % 2**32)

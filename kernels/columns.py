@@ -13,6 +13,7 @@ from . import table as t
 GROUP_WORDS = tl.constexpr(t.GROUP_WORDS)
 TENSOR_WORDS = tl.constexpr(t.TENSOR_WORDS)
 SCALARS = tl.constexpr(t.SCALARS)
+RANDOM_GROUP = tl.constexpr(t.RANDOM_GROUP)
 MEASURES = tl.constexpr(t.MEASURES)
 ACTIVE = tl.constexpr(t.ACTIVE)
 GRAD_FACTOR = tl.constexpr(t.GRAD_FACTOR)

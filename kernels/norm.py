@@ -21,10 +21,9 @@ from .columns import (
     TENSOR_WORDS,
 )
 from .front import Call, Front
-from .streams import _at
+from .streams import _VECTOR, _at
 
 _MESH = tl.constexpr(t.MESH)
-_VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format
 
 
 @triton.jit

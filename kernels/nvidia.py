@@ -100,21 +100,18 @@ def _top_bytes(x):
 
 
 @triton.jit
+def _control_grid(ASM: tl.constexpr):
+    """An instruction for what it does; Triton wants a value of it."""
+    tl.inline_asm_elementwise(ASM, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _let_next_begin():
     """Allow the next kernel's programs to begin, once all of this one's have been here."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.u32 $0, 0;",
-        "=r",
-        [],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    _control_grid("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
 
 
 @triton.jit
 def _wait_for_previous():
     """Wait until the kernel before has ended, and what it wrote can be read."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
+    _control_grid("griddepcontrol.wait; mov.u32 $0, 0;")

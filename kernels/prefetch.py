@@ -5,7 +5,7 @@ each time: until a tensor's turn comes, elements have driven its row out of the 
 element has few bytes, too few are under way to cover the time that they take. So one thread of a
 program asks for what comes later: elements, at twice the distance the words that lead to them, at
 three times the list of chunks. It does so between the program's own loads and the first use of what
-they bring, where it takes no time. No bit of any result depends on it.
+they bring, where the wait for memory covers it. No bit of any result depends on it.
 
 Where instructions are short, with 8-bit moments, one program in eight asks for all of them: on an
 H200 each asking for itself took 3.5 % longer, with masters 0.5 % (bench/results/h200/order.txt).

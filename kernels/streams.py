@@ -7,6 +7,7 @@ import triton.language as tl
 
 from . import table as t
 from .codecs import (
+    _decode_unsigned,
     _encode_unsigned,
     _random_bits,
     _random_words,
@@ -14,13 +15,14 @@ from .codecs import (
     _round_stochastic,
 )
 from .columns import KEY0, KEY1, QUANT_BLOCK
+from .columns import RANDOM_GROUP as _GROUP
 from .nvidia import _widen
 
 _FIRST = tl.constexpr(t.FIRST)
 _INNER = tl.constexpr(t.INNER)
 _INNER_WHOLE = tl.constexpr(t.INNER_WHOLE)
 
-_GROUP = tl.constexpr(t.RANDOM_GROUP)
+_VECTOR = tl.constexpr(8)  # elements in 128 bits of a 16-bit format; 32-bit formats take two
 _GROUP_SHIFT = tl.constexpr(t.RANDOM_GROUP.bit_length() - 1)
 
 
@@ -100,6 +102,13 @@ def _load_exponents(at, mask, FORMAT: tl.constexpr):
 def _widened(x, COMPUTE: tl.constexpr, PTX: tl.constexpr):
     """As the dtype of the arithmetic."""
     return (_widen(x) if PTX and x.dtype == tl.bfloat16 else x).to(COMPUTE)
+
+
+@triton.jit
+def _decode_second(x, exponents, COMPUTE: tl.constexpr, PTX: tl.constexpr):
+    if x.dtype == tl.uint8:
+        return _decode_unsigned(x, exponents)
+    return _widened(x, COMPUTE, PTX)
 
 
 @triton.jit
