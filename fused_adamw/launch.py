@@ -64,7 +64,9 @@ def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a CUDA graph."""
     if device.type != "cuda":
         return False
-    with current(device):
+    if torch.cuda.current_device() == device.index:  # as it nearly always is
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
 
@@ -190,7 +192,8 @@ class Launcher:
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
         self._given: t.Table | None = None  # as the plan has it
         self._whole: t.Table | None = None  # with its groups, and with what these ask for
-        self._rates: tuple[int, ...] = ()  # of the prepared step
+        self._rows: GroupRows | None = None  # of the prepared step
+        self._capturing = False  # whether that is captured
         self._stream: torch.Stream | None = None
         self._prepared: tuple[object, ...] = ()  # what the next launch is compiled for
         self._launched: set[tuple[object, ...]] = set()  # what earlier ones were
@@ -214,7 +217,7 @@ class Launcher:
                 launched the kernels that are asked for: compiling and loading them would break
                 the capture.
         """
-        self._rates = groups.rates
+        self._rows = groups
         before = self._groups
         if groups.words is not before and groups.words.tobytes() != before.tobytes():
             self._groups = groups.words
@@ -226,7 +229,7 @@ class Launcher:
             whole = dataclasses.replace(table, groups=self._groups, parameters=tuned)
             self._given, self._whole = table, whole
         table = whole
-        capturing = is_capturing(self.device)
+        capturing = self._capturing = is_capturing(self.device)
         if capturing and (self._reserve is None or not self._reserve[0].fits(table)):
             raise RuntimeError(
                 "FusedAdamW.step() cannot be captured in a CUDA graph yet: its table is not "
@@ -255,18 +258,18 @@ class Launcher:
     def upload(self, table: t.Table, alive: object, kept: Iterable[Tensor] = ()) -> t.Memory:
         """Bring the device's copy of a prepared table up to date.
 
-        `alive`: what the launches read and write besides it, kept with it where they are captured.
+        `alive`: what the launches read and write besides it and the scalars of the prepared rows,
+        kept with both where they are captured.
         `kept`: what of that lives from step to step, until others take its place.
         """
-        with current(self.device):
-            if is_capturing(self.device):
-                return self._record(table, alive)
-            return self._upload(table, kept)
+        if self._capturing:
+            return self._record(table, alive)
+        return self._upload(table, kept)
 
     def sum_squares(self, table: t.Table, memory: t.Memory, mesh: int) -> Tensor:
         """Sums of the squares of the gradients with this number of a mesh, to be added."""
         with current(self.device):
-            if is_capturing(self.device):  # the graph's own memory
+            if self._capturing:  # the graph's own memory
                 sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
             else:
                 kept = self._sums.get(mesh)
@@ -291,16 +294,18 @@ class Launcher:
         norm: sums of squares of all gradients, to be added up, and where to note the metrics.
         measures: telemetry.py's Measures.
         """
+        assert self._rows is not None
+        rates = self._rows.rates
         with current(self.device):
             grad_scale, found_inf = self._scalar(asked.grad_scale), self._scalar(asked.found_inf)
-            if is_capturing(self.device):
+            if self._capturing:
                 self.captured.append((grad_scale, found_inf, norm, measures))
             rows, counted = measures or (None, None)
             given = None
             if norm is not None:
                 given = self.kernels.schedule.Norm(*norm, asked.clipping.skip_nonfinite)
             self.kernels.schedule.schedule(
-                self._front, table, memory, grad_scale, found_inf, given, counted, self._rates
+                self._front, table, memory, grad_scale, found_inf, given, counted, rates
             )
             self.kernels.adamw.adamw(self._front, table, memory, grad_scale is not None, rows)
             self._launched.add(self._prepared)
@@ -322,7 +327,7 @@ class Launcher:
         """Eager: at most one asynchronous copy, of what has moved."""
         assert self._memory is not None
         stream, size = stream_of(self.device), t.stale_words(table, self._uploaded)
-        if stream != self._stream or size == table.n_words:
+        if stream != self._stream or (size and size == table.n_words):
             used_here((*self._memory, *self._sums.values(), *kept))
             self._stream = stream
         if size:
@@ -339,7 +344,7 @@ class Launcher:
         assert self._reserve is not None
         memory, host = self._reserve
         self._reserve = None
-        self.captured.append((memory, host, alive))
+        self.captured.append((memory, host, self._rows, alive))
         t.write_words(table, host)
         memory.words.copy_(host, non_blocking=True)
         return memory

@@ -48,8 +48,8 @@ class Described(NamedTuple):
             others = [(x.shape, x.stride(), x.is_neg()) for x in tensors if not x.is_contiguous()]
         if signed:
             lazy = [x.is_conj() or x.is_neg() for x in tensors if x.is_complex() or x.numel() == 1]
-        now = cls(addresses, kinds, others, lazy)
-        return before if before is not None and now == before else now
+        now = addresses, kinds, others, lazy
+        return before if before is not None and now == before else cls(*now)
 
     def same_kinds(self, other: Described) -> bool:
         """Whether all but the addresses is equal."""

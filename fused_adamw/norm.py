@@ -37,10 +37,13 @@ class Clipping(NamedTuple):
         return self.max_norm is not None or self.skip_nonfinite
 
 
+_NONE = Clipping(None, skip_nonfinite=False)
+
+
 def check_clipping(max_grad_norm: object, skip_nonfinite: object) -> Clipping:
     """The options as numbers; ValueError where they are none."""
     if max_grad_norm is None:
-        return Clipping(None, bool(skip_nonfinite))
+        return Clipping(None, True) if skip_nonfinite else _NONE
     on_device = isinstance(max_grad_norm, Tensor) and max_grad_norm.device.type != "cpu"
     try:
         number = math.nan if on_device else float(max_grad_norm)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from .kernels import table as t
 from .launch import Asked, GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
 from .norm import check_clipping
-from .plan import Entry, Grads, Plan, Seen, flat
+from .plan import Entry, Grads, Members, Plan, Seen, flat
 from .shards import LocalGrads, as_param, local, local_grads
 from .storage import StateDtype
 from .telemetry import Measures, Telemetry
@@ -38,6 +38,7 @@ Backend = Literal["auto", "triton", "reference"]
 _DECOUPLED = "decoupled_weight_decay"
 _hypers_of = itemgetter("eps", "weight_decay", "maximize", _DECOUPLED)  # besides lr
 _OPTIONS = ("backend", "max_grad_norm", "skip_nonfinite", "grad_norm_group", "group_metrics")
+_NO_TENSORS = {float, int, bool}  # types of hyper-parameters, as they are in nearly all groups
 _KERNEL_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
 
@@ -176,6 +177,7 @@ class FusedAdamW(Optimizer):
         """Drop what is derived from params, groups and state."""
         self._plan: Plan | None = None
         self._hypers: list[tuple[Any, ...]] = []  # as checked last, where all are numbers
+        self._stored: list[tuple[Any, ...]] = []  # the same of the groups' other options
         self._rates: list[Any] = []  # their lrs
         self._rows: dict[torch.device, GroupRows] = {}  # made of them
         # Graphs read and write the memory of their captured steps for as long as they live.
@@ -283,26 +285,37 @@ class FusedAdamW(Optimizer):
         if self._release is not None:
             self._release.finish()
             return loss
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._update()
+        self._update()
         return loss
 
     # as torch.optim does it: torch.compiler.disable would import the compiler along, 2 s
     @torch._disable_dynamo  # type: ignore[attr-defined]  # private, but the one that torch.optim uses
     def _update(self) -> None:
-        """One step, in its order; up to `_prepare` nothing that a user sees has changed."""
+        """One step, in its order; up to `_prepare` nothing that a user sees has changed.
+
+        An idle GPU waits for all that comes before the launches, and after a backward pass little
+        of it is in a cache: each Python call there takes about 1.5 us, so they are few.
+        """
         differentiable = [group for group in self.param_groups if group["differentiable"]]
-        asked = self._asked(bool(differentiable))
-        here = local_grads(flat(self.param_groups), self._name_at)
-        plan, seen = self._current_plan(here, asked.clipping.wanted or asked.measured)
-        measures = self._measures(plan, asked)
-        tables = self._prepare(plan, asked, measures)
-        with torch.no_grad():
+        with torch.set_grad_enabled(False):  # no_grad is six calls more
+            asked = self._asked(bool(differentiable))
+            clips = asked.clipping.wanted
+            members = self._members()
+            here = local_grads(members.params, self._name_at)
+            plan, seen = self._current_plan(members, here, clips or asked.measured)
+            measures = self._measures(plan, asked) if clips or asked.measured else {}
+            tables = self._prepare(plan, asked, measures)
             copied = [(e, grad) for e in plan.copied if (grad := seen.grads[e.place]) is not None]
-            _copy_in(copied)
-            memories = self._upload(plan, seen, tables, asked)
+            if copied:
+                _copy_in(copied)
+            memories = {
+                device: self._launchers[device].upload(
+                    table, plan.copied, self._kept(device, plan, seen)
+                )
+                for device, table in tables.items()
+            }
             norms: Mapping[torch.device, Tensor] = {}
-            if asked.clipping.wanted:
+            if clips:
                 own = self._own_sums(plan, seen.grads, tables, memories)
                 norms = self._sums(plan, own, asked.found_inf)
             for device, entries in plan.by_device.items():
@@ -314,11 +327,11 @@ class FusedAdamW(Optimizer):
                 else:
                     groups, state = self.param_groups, self.state
                     run_reference(entries, seen.grads, groups, state, asked, norm, measured)
-            _copy_out(copied, asked)
+            if copied:
+                _copy_out(copied, asked)
             if here is not None and asked.grad_scale is not None:
-                params = flat(self.param_groups)
                 for place, moved in here.moved.items():
-                    params[place].grad = moved  # unscaled, as the others are now
+                    seen.params[place].grad = moved  # unscaled, as the others are now
             if tables:
                 # autograd has not seen the kernel write: a stale graph shall raise
                 written = planning.written_by(plan, seen, self.state)
@@ -326,14 +339,13 @@ class FusedAdamW(Optimizer):
                     written = written + [g for g in seen.grads if g is not None]
                 torch.autograd.graph.increment_version(written)
         for group in differentiable:
-            run_differentiable(group, self.state, step_dtype())
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                run_differentiable(group, self.state, step_dtype())
 
     def _asked(self, differentiable: bool) -> Asked:
         """What this step has to do besides the update, and with which hyper-parameters, checked."""
-        grad_scale, found_inf = (
-            local(x) if isinstance(x := getattr(self, key, None), Tensor) else None
-            for key in ("grad_scale", "found_inf")
-        )
+        given = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale, found_inf = [local(x) if isinstance(x, Tensor) else None for x in given]
         if differentiable and not (grad_scale is None and found_inf is None):
             raise RuntimeError(
                 "A group with differentiable=True cannot unscale or skip by itself: construct the "
@@ -366,7 +378,7 @@ class FusedAdamW(Optimizer):
         raise IndexError(place)
 
     def _measures(self, plan: Plan, asked: Asked) -> Mapping[torch.device, Measures]:
-        """Where the step notes what it finds and does; none where nobody has asked."""
+        """Where the step notes what it finds and does."""
         if asked.clipping.wanted:
             self._make_metrics(plan.by_device)
         if not asked.measured:
@@ -388,32 +400,25 @@ class FusedAdamW(Optimizer):
             for device, table in plan.tables.items()
         }
 
-    def _upload(
-        self, plan: Plan, seen: Seen, tables: Mapping[torch.device, t.Table], asked: Asked
-    ) -> dict[torch.device, t.Memory]:
-        return {
-            device: self._launchers[device].upload(
-                table,
-                (plan.copied, self._group_rows(device, asked.clipping.max_norm)),
-                self._kept(device, plan, seen),
-            )
-            for device, table in tables.items()
-        }
+    def _members(self) -> Members:
+        """The members of the groups, whose options `_asked` has checked."""
+        groups = self.param_groups
+        return Members(flat(groups), [len(g["params"]) for g in groups], self._stored)
 
     def _current_plan(
-        self, here: LocalGrads | None = None, with_norm: bool = False
+        self, members: Members, here: LocalGrads | None, with_norm: bool
     ) -> tuple[Plan, Seen]:
         """The plan of this step, and its tensors; every check comes before any change."""
         groups, plan = self.param_groups, self._plan
         norm_over = with_norm, self.grad_norm_group
         grads_here = None if here is None else here.grads
-        if plan is not None and plan.norm_over == norm_over and self._has_tables(plan):
-            followed = planning.follow(plan, groups, self.state, grads_here)
+        if plan is not None and plan.norm_over == norm_over and plan.backend == self.backend:
+            followed = planning.follow(plan, members, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
                 return followed
-        grads = grads_here or [p.grad for p in flat(groups)]
-        meshes, numbers = norming.numbered(flat(groups), *norm_over)
+        grads = grads_here or [p.grad for p in members.params]
+        meshes, numbers = norming.numbered(members.params, *norm_over)
         entries = planning.make_entries(groups, grads, self.state, plan, numbers)
         devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
@@ -427,13 +432,17 @@ class FusedAdamW(Optimizer):
             )
         stating.init_state(entries.all, self.state, step_dtype())
         self._plan, seen = planning.make_plan(
-            groups, grads, entries, self.state, on_kernel, grads_here, meshes, norm_over
+            members,
+            grads,
+            entries,
+            self.state,
+            on_kernel,
+            grads_here,
+            meshes,
+            norm_over,
+            self.backend,
         )
         return self._plan, seen
-
-    def _has_tables(self, plan: Plan) -> bool:
-        """Whether the plan is for the backend that is wanted now."""
-        return {x for x in plan.by_device if self._has_kernel(x)} == plan.tables.keys()
 
     def _has_kernel(self, device: torch.device) -> bool:
         if self.backend == "auto":
@@ -444,13 +453,14 @@ class FusedAdamW(Optimizer):
         """Check hyper-parameters that are not as they were, and forget the rows made of them."""
         groups = self.param_groups
         rates = [g["lr"] for g in groups]
-        others = [(*_hypers_of(g), *g["betas"], *storing.options_of(g)) for g in groups]
+        others = [(*_hypers_of(g), *g["betas"]) for g in groups]
+        stored = [(g["amsgrad"], g["differentiable"], *storing.options_of(g)) for g in groups]
         kinds = set(map(type, chain(rates, *others)))
-        if any(issubclass(kind, Tensor) for kind in kinds):
+        if not kinds <= _NO_TENSORS and any(issubclass(kind, Tensor) for kind in kinds):
             others = []  # they change in place, and comparing them would wait for the device
         else:
             others.append((max_norm,))
-        if others and others == self._hypers:
+        if others and others == self._hypers and stored == self._stored:
             if rates == self._rates:
                 return
             # as schedulers leave them
@@ -460,7 +470,7 @@ class FusedAdamW(Optimizer):
                 return
         for group in groups:
             _check_group(group)
-        self._hypers, self._rates, self._rows = others, rates, {}
+        self._hypers, self._stored, self._rates, self._rows = others, stored, rates, {}
 
     def _group_rows(self, device: torch.device, max_norm: float | None) -> GroupRows:
         rows = self._rows.get(device)

@@ -9,7 +9,6 @@ state is kept alive, so that a trainer can move states to the CPU and get their 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -90,6 +89,14 @@ class Entries(NamedTuple):
         )
 
 
+class Members(NamedTuple):
+    """The params of all groups, and what of the groups a plan depends on."""
+
+    params: list[Tensor]  # one group after the other
+    counts: list[int]  # of each group
+    stored: list[tuple[Any, ...]]  # its options that say what is stored, and how
+
+
 class Stored(NamedTuple):
     """Some state tensors: the objects, where they are, and in a pool, in which dtype."""
 
@@ -101,8 +108,8 @@ class Stored(NamedTuple):
     def of(cls, states: Sequence[Tensor], pooled: bool, before: Stored | None) -> Stored:
         """Ask state tensors; before itself where all is as it was."""
         dtypes = [x.dtype for x in states] if pooled else []
-        now = cls(objects(states), list(map(Tensor.data_ptr, states)), dtypes)
-        return before if before is not None and now == before else now
+        now = objects(states), list(map(Tensor.data_ptr, states)), dtypes
+        return before if before is not None and now == before else cls(*now)
 
 
 class Look(NamedTuple):
@@ -115,7 +122,7 @@ class Look(NamedTuple):
     one state, that would be over others' elements: there the dtype is asked for, too.
     """
 
-    groups: list[tuple[Any, ...]]  # number of params, and the options that say what is stored
+    groups: tuple[list[int], list[tuple[Any, ...]]]  # counts and options of the members
     objects: bytes  # which params
     params: list[Described]
     states: list[Stored]
@@ -131,6 +138,9 @@ class Look(NamedTuple):
         return self.present == other.present and all(
             map(Described.same_kinds, self.grads, other.grads)
         )
+
+
+_NOTHING = Look(([], []), b"", [], [], [], [])
 
 
 class Seen(NamedTuple):
@@ -156,6 +166,7 @@ class Plan:
     tables: dict[torch.device, t.Table]
     meshes: Mapping[Ranks, int]  # numbers of the sets of ranks that hold parts of gradients
     norm_over: tuple[bool, Any]  # for which they were made: with a norm or not, its group
+    backend: str  # for which the tables were made
 
 
 def flat(groups: Groups) -> list[Tensor]:
@@ -172,7 +183,7 @@ def objects(xs: Collection[Tensor]) -> bytes:
 
 
 def look(
-    groups: Groups,
+    members: Members,
     entries: Entries,
     state: State,
     grads_here: Grads | None = None,
@@ -188,13 +199,9 @@ def look(
     Raises KeyError where a state is missing, and what torch raises for a tensor without an address
     or strides, a sparse one say.
     """
-    seen = Seen(flat(groups), [], [])
-    options = [
-        (len(g["params"]), g["amsgrad"], g["differentiable"], *storing.options_of(g))
-        for g in groups
-    ]
-    new = Look(options, objects(seen.params), [], [], [], [])
-    was = Look([], b"", [], [], [], []) if before is None else before
+    seen = Seen(members.params, [], [])
+    new = Look((members.counts, members.stored), objects(seen.params), [], [], [], [])
+    was = _NOTHING if before is None else before
     last_params, last_grads, last_states = iter(was.params), iter(was.grads), iter(was.states)
     last_present = iter(was.present)
     for i in range(0, len(seen.params), IN_CACHE):
@@ -219,8 +226,10 @@ def _described(
 ) -> tuple[Described, list[bool]]:
     """Those that are there, and which are; an empty list: all. all_there: as is likely."""
     if all_there:
-        with contextlib.suppress(TypeError):  # what None answers
+        try:
             return Described.of(grads, before), []  # type: ignore[arg-type]
+        except TypeError:  # what None answers
+            pass
     present = [g is not None for g in grads]
     here = [g for g in grads if g is not None]
     return Described.of(here, before), [] if len(here) == len(grads) else present
@@ -243,11 +252,11 @@ def states_of(entries: Entries, state: State) -> list[Tensor]:
 
 
 def follow(
-    plan: Plan, groups: Groups, state: State, grads_here: Grads | None = None
+    plan: Plan, members: Members, state: State, grads_here: Grads | None = None
 ) -> tuple[Plan, Seen] | None:
     """The plan as it is, or with gradients elsewhere; None where it is stale."""
     try:
-        new, seen = look(groups, plan.entries, state, grads_here, plan.pooled, plan.look)
+        new, seen = look(members, plan.entries, state, grads_here, plan.pooled, plan.look)
     except (KeyError, TypeError, RuntimeError, NotImplementedError):
         return None  # something is missing or has no address: the checks find the words for it
     if plan.gone or not new.same_tensors(plan.look):
@@ -339,7 +348,7 @@ def refuse_shared_memory(
 
 
 def make_plan(
-    groups: Groups,
+    members: Members,
     grads: Sequence[Tensor | None],
     entries: Entries,
     state: State,
@@ -347,6 +356,7 @@ def make_plan(
     grads_here: Grads | None,
     meshes: Mapping[Ranks, int],
     norm_over: tuple[bool, Any],
+    backend: str,
 ) -> tuple[Plan, Seen]:
     """The plan for checked entries whose state is there."""
     by_device: dict[torch.device, list[Entry]] = {}
@@ -359,7 +369,7 @@ def make_plan(
         x.dim() and x.nbytes != storage.nbytes()
         for x, storage in zip(states, storages, strict=True)
     )
-    new, seen = look(groups, entries, state, grads_here, pooled)
+    new, seen = look(members, entries, state, grads_here, pooled)
     gone: list[weakref.ref[Any]] = []
     plan = Plan(
         look=new,
@@ -375,13 +385,14 @@ def make_plan(
                 [_row(e, local_state(state[e.param])) for e in by_device[device]],
                 grad_column(by_device[device], grads),
                 no_groups,
-                len(groups),
+                len(members.counts),
                 launch_parameters(architecture(device)),
             )
             for device in on_kernel
         },
         meshes=meshes,
         norm_over=norm_over,
+        backend=backend,
     )
     return plan, seen
 

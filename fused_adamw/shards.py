@@ -17,6 +17,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
 
 def is_sharded(x: object) -> TypeGuard[DTensor]:
     """Whether x is a DTensor."""
@@ -131,8 +133,11 @@ def local_grads(params: Sequence[Tensor], name: Callable[[int], str]) -> LocalGr
     Raises:
         TypeError: a DTensor whose gradient is not one, or lies on another mesh.
     """
+    kinds = set(map(type, params))
+    if kinds <= _PLAIN:  # as nearly all are
+        return None
     kind = _dtensor()
-    if kind is None or not any(issubclass(c, kind) for c in set(map(type, params))):
+    if kind is None or not any(issubclass(c, kind) for c in kinds):
         return None
     result = LocalGrads([], {})
     for place, p in enumerate(params):

@@ -22,7 +22,7 @@ class Front:
     """The kernels that have been launched on one device."""
 
     def __init__(self) -> None:
-        self._handles: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+        self._handles: dict[Hashable, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
 
     def launch(
         self,
@@ -38,12 +38,13 @@ class Front:
             Nothing else that a kernel is compiled for may change: dtypes of arguments, and that
             those are multiples of 16 bytes which it takes to be, as torch allocates them.
         """
-        known = self._handles.get(key)
+        known = self._handles.get((key, programs))
         if known is None:
             constants, options = call()
             compiled = kernel[(programs,)](*arguments, **constants, **options)
             if compiled is not None:  # the interpreter compiles nothing
-                self._handles[key] = compiled, tuple(constants.values())
+                handle = compiled[(programs, 1, 1)]
+                self._handles[key, programs] = handle, tuple(constants.values())
         else:
-            compiled, values = known
-            compiled[(programs, 1, 1)](*arguments, *values)
+            handle, values = known
+            handle(*arguments, *values)

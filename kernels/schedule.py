@@ -290,7 +290,7 @@ def schedule(
     }
     front.launch(
         _schedule,
-        ("schedule", *(x is None for x in arguments[3:8]), *constants.values()),
+        ("schedule", *[x is None for x in arguments[3:8]], *constants.values()),
         -(-table.n_tensors // _TENSORS_PER_PROGRAM),
         arguments,
         lambda: Call(constants, {"enable_fp_fusion": False}),

@@ -39,11 +39,17 @@ def test_the_second_launch_goes_by_the_handle() -> None:
     handle = Kernel()
     kernel, front = Kernel(handle), Front()
     front.launch(kernel, "key", 5, (1, None), call)
-    front.launch(kernel, "key", 6, (2, None), call)
+    front.launch(kernel, "key", 5, (2, None), call)
     assert kernel.seen == [((5,), (1, None), {"A": 1, "B": "x", "num_warps": 4})]
-    assert handle.seen == [((6, 1, 1), (2, None, 1, "x"), {})]
-    front.launch(kernel, "other", 7, (3, None), call)
-    assert [seen[0] for seen in kernel.seen] == [(5,), (7,)]
+    assert handle.seen == [((5, 1, 1), (2, None, 1, "x"), {})]
+
+
+def test_another_key_or_number_of_programs_has_another_handle() -> None:
+    kernel, front = Kernel(Kernel()), Front()
+    for _ in range(2):
+        for key, programs in ("key", 5), ("key", 6), ("other", 5):
+            front.launch(kernel, key, programs, (), call)
+    assert [seen[0] for seen in kernel.seen] == [(5,), (6,), (5,)]
 
 
 def test_another_device_has_another_handle() -> None:

@@ -202,7 +202,7 @@ def test_captured_step_has_memory_of_its_own(
     launcher = adamw._launchers[device]
     with Recording(monkeypatch):
         adamw.step()
-    (memory, host, _), eager = launcher.captured[0], launcher._memory
+    (memory, host, *_), eager = launcher.captured[0], launcher._memory
     assert eager is not None
     assert memory.words.data_ptr() != eager.words.data_ptr()
     assert memory.scalars.data_ptr() != eager.scalars.data_ptr()
