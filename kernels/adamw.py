@@ -155,7 +155,7 @@ def _block(
     if MASTER == tl.int1:
         p = _widened(p, COMPUTE, PAIRS)
     elif MASTER == tl.int16:
-        p = _decode_remainder(p, master)
+        p = _decode_remainder(p, master, PAIRS)
     else:
         p = _decode_master(p, master)
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them

@@ -12,7 +12,7 @@ import triton.language as tl
 from . import table as t
 from .columns import QUANT_BLOCK
 from .columns import RANDOM_GROUP as _GROUP
-from .nvidia import _and_or, _top_bytes
+from .nvidia import _and_or, _signed_bytes, _signed_halves, _top_bytes, _unsigned_bytes
 
 _SIGNED_SHIFT = tl.constexpr(23 - t.SIGNED_MANTISSA)
 _SIGNED_BITS = tl.constexpr(0x7F << (23 - t.SIGNED_MANTISSA))  # of a code, shifted
@@ -51,11 +51,12 @@ def _one_nan(x):
 
 
 @triton.jit
-def _decode_remainder(high, remainder):
+def _decode_remainder(high, remainder, PTX: tl.constexpr):
     """Float32 master from the bfloat16 that everyone sees and its 16-bit remainder."""
-    alone = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    master = _float(alone + remainder.to(tl.int32))
-    return tl.where(master == master, master, _float(alone))  # else written from outside since
+    alone = _float(high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    rest = _signed_halves(remainder) if PTX else remainder.to(tl.int32)
+    master = _float(_bits(alone) + rest)
+    return tl.where(master == master, master, alone)  # else written from outside since
 
 
 @triton.jit
@@ -131,7 +132,8 @@ def _repeat(x, TIMES: tl.constexpr):
 @triton.jit
 def _decode_signed(code, exponents, PTX: tl.constexpr):
     """Float32 from codes, uint8 [n], and exponents, uint8 [n / 8]."""
-    shifted = code.to(tl.int8, bitcast=True).to(tl.int32) << _SIGNED_SHIFT  # the sign spreads
+    spread = _signed_bytes(code) if PTX else code.to(tl.int8, bitcast=True).to(tl.int32)
+    shifted = spread << _SIGNED_SHIFT
     scale = _float(exponents.to(tl.int32) << 23)
     if PTX:
         x = _float(_and_or(shifted, _SIGNED_BITS, _SIGNED_ZERO))
@@ -142,10 +144,11 @@ def _decode_signed(code, exponents, PTX: tl.constexpr):
 
 
 @triton.jit
-def _decode_unsigned(code, exponents):
+def _decode_unsigned(code, exponents, PTX: tl.constexpr):
     """The same for values that are not negative."""
     # half of it, with twice the scale: so shift and addition are one instruction, and no `or`
-    x = _float((code.to(tl.int32) << _UNSIGNED_SHIFT) + (_UNSIGNED_ZERO - _BINADE))
+    wide = _unsigned_bytes(code) if PTX else code.to(tl.int32)
+    x = _float((wide << _UNSIGNED_SHIFT) + (_UNSIGNED_ZERO - _BINADE))
     scale = _float((exponents.to(tl.int32) + 1) << 23)
     return tl.fma(x, _repeat(scale, _GROUP), _repeat(scale * (-_UNSIGNED_FLOOR / 2), _GROUP))
 

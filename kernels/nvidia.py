@@ -53,20 +53,61 @@ def _reciprocal(x):
     )
 
 
+# LLVM parts pairs and fours of narrow elements by itself, but likes to do so right behind the load:
+# a program then waits for its elements before it has asked for those of later ones. So these take
+# the register that they came in.
+
+
 @triton.jit
 def _widen(x):
-    """Float32 from bfloat16: each of a pair by one instruction, from the register it came in.
+    """Float32 from bfloat16 or float16, an instruction each: LLVM takes 1.5 for the former."""
+    ASM: tl.constexpr = (
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        if x.dtype == tl.bfloat16
+        else "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+        " cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+    )
+    return tl.inline_asm_elementwise(ASM, "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
 
-    LLVM parts a pair first, by one instruction more, and does so right behind the load. There a
-    program would wait for its elements before it has asked for those of later ones.
-    """
+
+@triton.jit
+def _signed_halves(x):
+    """Int32 from int16, by an instruction each."""
     return tl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-        "=f,=f,r",
+        "prmt.b32 $0, $2, 0, 0x9910; prmt.b32 $1, $2, 0, 0xbb32;",
+        "=r,=r,r",
         [x],
-        dtype=tl.float32,
+        dtype=tl.int32,
         is_pure=True,
         pack=2,
+    )
+
+
+@triton.jit
+def _signed_bytes(x):
+    """The same from int8."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $4, 0, 0x8880; prmt.b32 $1, $4, 0, 0x9991;"
+        " prmt.b32 $2, $4, 0, 0xaaa2; prmt.b32 $3, $4, 0, 0xbbb3;",
+        "=r,=r,=r,=r,r",
+        [x],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _unsigned_bytes(x):
+    """The same from uint8."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $4, 0, 0x4440; prmt.b32 $1, $4, 0, 0x4441;"
+        " prmt.b32 $2, $4, 0, 0x4442; prmt.b32 $3, $4, 0, 0x4443;",
+        "=r,=r,=r,=r,r",
+        [x],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=4,
     )
 
 

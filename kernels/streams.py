@@ -101,13 +101,14 @@ def _load_exponents(at, mask, FORMAT: tl.constexpr):
 @triton.jit
 def _widened(x, COMPUTE: tl.constexpr, PTX: tl.constexpr):
     """As the dtype of the arithmetic."""
-    return (_widen(x) if PTX and x.dtype == tl.bfloat16 else x).to(COMPUTE)
+    narrow: tl.constexpr = x.dtype == tl.bfloat16 or x.dtype == tl.float16
+    return (_widen(x) if PTX and narrow else x).to(COMPUTE)
 
 
 @triton.jit
 def _decode_second(x, exponents, COMPUTE: tl.constexpr, PTX: tl.constexpr):
     if x.dtype == tl.uint8:
-        return _decode_unsigned(x, exponents)
+        return _decode_unsigned(x, exponents, PTX)
     return _widened(x, COMPUTE, PTX)
 
 

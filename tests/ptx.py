@@ -43,8 +43,8 @@ _INTEGER, _CACHE = r"[su](16|32|64)", r"(\.(ca|cg|cs|wb|wt|L1\.evict_first|L1\.e
 _WIDENED, _ROUNDED = r"f(32|64)\.b?f16|f64\.f32", r"f16\.f32|f16x2\.f32|bf16\.f32"
 _ROUNDED += r"|f16\.f64|bf16x2\.f32|bf16\.f64|f32\.f64|f32\.s32|f64\.s64"
 _FORMS = {
-    "ld": rf"param\.[bsu]\d+|(global{_CACHE}|shared)(\.v[24])?\.b\d+",
-    "st": rf"(global{_CACHE}|shared)(\.v[24])?\.b\d+",
+    "ld": rf"param\.[bsu]\d+|(global{_CACHE}|shared(\.cta)?)(\.v[24])?\.b\d+",
+    "st": rf"(global{_CACHE}|shared(\.cta)?)(\.v[24])?\.b\d+",
     "cp": r"async\.bulk\.prefetch\.L2\.global",
     "ldmatrix": r"sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16",
     "stmatrix": r"sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16",

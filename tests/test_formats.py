@@ -63,9 +63,15 @@ def padded(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _one_of_two(a, b, out, CODEC: tl.constexpr, BLOCK: tl.constexpr):
+def _decode_remainder(a, b, out, PTX: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + i, CODEC(tl.load(a + i), tl.load(b + i)))
+    tl.store(out + i, codecs._decode_remainder(tl.load(a + i), tl.load(b + i), PTX))
+
+
+@triton.jit
+def _decode_master(a, b, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, codecs._decode_master(tl.load(a + i), tl.load(b + i)))
 
 
 @triton.jit
@@ -125,7 +131,7 @@ def _decode(code, exponent, out, SIGNED: tl.constexpr, PTX: tl.constexpr, BLOCK:
     if SIGNED:
         x = codecs._decode_signed(tl.load(code + i), e, PTX)
     else:
-        x = codecs._decode_unsigned(tl.load(code + i), e)
+        x = codecs._decode_unsigned(tl.load(code + i), e, PTX)
     tl.store(out + i, x)
 
 
@@ -145,7 +151,7 @@ def test_decode_remainder_of_all_bfloat16(device: torch.device, remainder: Any) 
     got = formats.decode_remainder(high, rest)
     if device.type == "cuda" or remainder in ("random", -1):  # 64 programs, 10 ms each
         inputs = [high.to(device), rest.to(device)]
-        twin = in_blocks(_one_of_two, inputs, [(torch.float32, 1)], codecs._decode_remainder)
+        twin = in_blocks(_decode_remainder, inputs, [(torch.float32, 1)], nvidia.is_nvidia(device))
         same_bits(got, twin)
     seen = high.float()
     # a weight that was written from outside is followed to half a unit of its last place
@@ -186,7 +192,7 @@ def test_decode_master(device: torch.device) -> None:
     assert torch.equal(got[1::3], master[1::3])
     assert (got[::3] == 2.5).all()
     outputs = [(torch.float32, 1)]
-    same_bits(got, in_blocks(_one_of_two, [param, master], outputs, codecs._decode_master))
+    same_bits(got, in_blocks(_decode_master, [param, master], outputs))
 
 
 def test_stochastic_rounding_twins_and_what_stays(device: torch.device) -> None:
@@ -295,12 +301,17 @@ def test_random_bits_of_an_element_over_the_steps() -> None:
             assert correlated(x[apart:], x[:-apart]) < 5, apart
 
 
-def test_widened_bfloat16_are_the_same_numbers(device: torch.device) -> None:
+@each("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_widened_numbers_are_the_same(device: torch.device, dtype: torch.dtype) -> None:
     if not nvidia.is_nvidia(device):
         pytest.skip("NVIDIA's instructions")
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    got = in_blocks(_widen, [x.to(device)], [(torch.float32, 1)])
-    same_bits(floats(x.view(torch.int16).long() << 16), got)  # NaN keeps its bits, too
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    got = in_blocks(_widen, [x.to(device)], [(torch.float32, 1)]).cpu()
+    nan = x.isnan()
+    same_bits(x.float()[~nan], got[~nan])
+    assert got[nan].isnan().all()
+    if dtype == torch.bfloat16:  # they keep their bits
+        same_bits(floats(x.view(torch.int16).long() << 16), got)
 
 
 @each("signed", [True, False], ids=["signed", "unsigned"])

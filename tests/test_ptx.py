@@ -138,6 +138,7 @@ def test_kernels_as_compiled() -> None:
     pytest.importorskip("triton.backends.nvidia")
     env = {key: x for key, x in os.environ.items() if key != "PYTEST_ADDOPTS"}
     chosen = "(all_dtypes_at_once and default) or all_formats_in_one or encode_twins"
+    chosen += " or decode or widened or all_codes"
     files = [str(TESTS / f"test_{name}.py") for name in ("adamw", "storage", "formats")]
     command = [sys.executable, "-m", "pytest", "--ptx", "sm_90", "-q", "-p", "no:xdist"]
     run = subprocess.run(
