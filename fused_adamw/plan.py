@@ -160,6 +160,9 @@ class Plan:
     states: list[weakref.ref[Any]]  # the objects, and what they had their memory in
     gone: list[weakref.ref[Any]]  # those that died: others may have got their id, their address
     pooled: bool  # whether some states are parts of larger storages, counts of steps apart
+    versioned: list[
+        bool
+    ]  # of the states: False for one whose versions an earlier one's counter has
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
@@ -271,7 +274,7 @@ def written_by(plan: Plan, seen: Seen, state: State) -> list[Tensor]:
     """Params and states that a step of the plan writes: those with a gradient."""
     if len(plan.entries.all) == len(seen.params) and not any(plan.look.present):
         shards = list(map(local, seen.params)) if plan.entries.sharded else []
-        return seen.params + shards + seen.states
+        return seen.params + shards + list(compress(seen.states, plan.versioned))
     busy = Entries.of([e for e in plan.entries.all if seen.grads[e.place] is not None])
     shards = [e.local for e in busy.all if e.local is not e.param]
     return busy.params + shards + states_of(busy, state)
@@ -377,6 +380,7 @@ def make_plan(
         states=[weakref.ref(x, gone.append) for x in (*states, *storages)],
         gone=gone,
         pooled=pooled,
+        versioned=list(_first_of_their_base(states)),
         entries=entries,
         copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),
         by_device={device: tuple(own) for device, own in by_device.items()},
@@ -395,6 +399,14 @@ def make_plan(
         backend=backend,
     )
     return plan, seen
+
+
+def _first_of_their_base(states: Iterable[Tensor]) -> Iterator[bool]:
+    bases: set[int] = set()  # views of one tensor count their versions together
+    for x in states:
+        base = id(x if x._base is None else x._base)
+        yield base not in bases
+        bases.add(base)
 
 
 def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | None:

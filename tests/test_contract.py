@@ -414,13 +414,19 @@ def test_version_counters(device: torch.device, backend: str, dtype: torch.dtype
 
 
 def test_version_counters_of_steps(device: torch.device, backend: str) -> None:
+    """Also where they are views of several tensors, made when their params came, and of none."""
     optimizer, _ = beside_torch(device, backend)
     for _ in range(2):
+        for _ in range(2):
+            step_all(optimizer)
+            before = [optimizer.state[p]["step"]._version for p in params_of(optimizer)]
+            step_all(optimizer)
+            after = [optimizer.state[p]["step"]._version for p in params_of(optimizer)]
+            assert all(b > a for a, b in zip(before, after, strict=True))
+        optimizer.add_param_group({"params": make_params(device)})
         step_all(optimizer)
-        before = [optimizer.state[p]["step"]._version for p in params_of(optimizer)]
-        step_all(optimizer)
-        after = [optimizer.state[p]["step"]._version for p in params_of(optimizer)]
-        assert all(b > a for a, b in zip(before, after, strict=True))
+        alone = optimizer.state[params_of(optimizer)[1]]
+        alone["step"] = alone["step"].clone()
 
 
 def test_nothing_of_the_step_is_recorded(device: torch.device, backend: str) -> None:
