@@ -10,7 +10,8 @@ its version counters and hooks.
 
 Then, where there is a GPU, whole steps beside torch's fused ones, from an idle GPU until step()
 returns: with another learning rate in each, as schedulers give it, with gradients in new memory,
-with both; and each once more with cold caches, after 256 MB have been written.
+with both, with a fifth of the gradients missing; and each once more with cold caches, after 256 MB
+have been written.
 
 Rounds are interleaved in one run and compared as ratios: on a shared machine the microseconds
 themselves are noise.
@@ -23,6 +24,7 @@ import functools
 import inspect
 import itertools
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -108,11 +110,21 @@ def new_gradients(optimizer: torch.optim.Optimizer) -> None:
         p.grad = grad
 
 
+def idle_experts(optimizer: torch.optim.Optimizer) -> None:
+    """A fifth of the gradients is missing, others in each step."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for p in random.sample(group["params"], len(group["params"]) // 5):
+            p.grad = None
+
+
 CHANGES: dict[str, Sequence[Callable[[torch.optim.Optimizer], None]]] = {
     "nothing": (),
     "lr": (new_lr,),
     "gradients": (new_gradients,),
     "both": (new_lr, new_gradients),
+    "idle experts": (idle_experts,),
 }
 
 

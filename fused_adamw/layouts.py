@@ -62,13 +62,14 @@ class GradLayout(NamedTuple):
     dtype: torch.dtype
     stride: tuple[int, ...]
     numel: int
+    contiguous: bool
     lazy: bool  # conjugated or negated only when read
 
 
 def grad_layout(grad: Tensor) -> GradLayout:
     """The layout of a strided gradient."""
     lazy = grad.is_conj() or grad.is_neg()
-    return GradLayout(grad.dtype, grad.stride(), grad.numel(), lazy)
+    return GradLayout(grad.dtype, grad.stride(), grad.numel(), grad.is_contiguous(), lazy)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -334,7 +334,7 @@ class FusedAdamW(Optimizer):
                     seen.params[place].grad = moved  # unscaled, as the others are now
             if tables:
                 # autograd has not seen the kernel write: a stale graph shall raise
-                written = planning.written_by(plan, seen, self.state)
+                written = planning.written_by(plan, seen)
                 if asked.grad_scale is not None:
                     written = written + [g for g in seen.grads if g is not None]
                 torch.autograd.graph.increment_version(written)

@@ -65,10 +65,12 @@ class Entry(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The entries of a step, and what a look at their state wants ready-made."""
+    """The entries of a step, and what a look at them wants ready-made."""
 
     all: tuple[Entry, ...]
     params: list[Tensor]
+    places: list[int]
+    grads: tuple[tuple[Any, ...], ...]  # their GradLayouts, in columns
     objects: bytes  # which params
     keys: dict[str, list[bool]]  # of states, and which entries have them; no list: all
     sharded: bool  # whether some are DTensors
@@ -83,6 +85,8 @@ class Entries(NamedTuple):
         return cls(
             tuple(entries),
             params,
+            [e.place for e in entries],
+            tuple(zip(*(e.grad for e in entries), strict=True)) or ((),) * len(GradLayout._fields),
             objects(params),
             {key: [] if all(has) else has for key, has in keys.items()},
             sharded,
@@ -270,14 +274,24 @@ def follow(
     return plan, seen
 
 
-def written_by(plan: Plan, seen: Seen, state: State) -> list[Tensor]:
+def written_by(plan: Plan, seen: Seen) -> list[Tensor]:
     """Params and states that a step of the plan writes: those with a gradient."""
-    if len(plan.entries.all) == len(seen.params) and not any(plan.look.present):
-        shards = list(map(local, seen.params)) if plan.entries.sharded else []
+    entries = plan.entries
+    if len(entries.all) == len(seen.params) and not any(plan.look.present):
+        shards = list(map(local, seen.params)) if entries.sharded else []
         return seen.params + shards + list(compress(seen.states, plan.versioned))
-    busy = Entries.of([e for e in plan.entries.all if seen.grads[e.place] is not None])
-    shards = [e.local for e in busy.all if e.local is not e.param]
-    return busy.params + shards + states_of(busy, state)
+    busy = [seen.grads[place] is not None for place in entries.places]
+    params = list(compress(entries.params, busy))
+    shards = list(map(local, params)) if entries.sharded else []
+    return params + shards + list(compress(seen.states, _for_each_state(entries, busy)))
+
+
+def _for_each_state(entries: Entries, flags: Sequence[bool]) -> Iterator[bool]:
+    """The flags of entries for their states, in the order of `states_in_parts`."""
+    for i in range(0, len(flags), IN_CACHE):
+        part = flags[i : i + IN_CACHE]
+        for has in entries.keys.values():
+            yield from compress(part, has[i:]) if has else part
 
 
 def make_entries(
@@ -309,7 +323,7 @@ def make_entries(
             if grad is not None:
                 layout = grad_layout(grad)
             else:
-                layout = GradLayout(p.dtype, here.stride(), here.numel(), False)
+                layout = grad_layout(here)._replace(dtype=p.dtype, lazy=False)
                 if (
                     place in known
                     and known[place][0] is p
@@ -413,22 +427,49 @@ def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | 
     """The plan with gradients elsewhere, or None where more than their addresses has changed."""
     if new.present != plan.look.present:
         # experts idle in some steps: what comes back must be as it was
-        known = {e.place: e.grad for e in plan.entries.all}
-        for place, grad in enumerate(grads):
-            if grad is not None and known.get(place) != grad_layout(grad):
-                return None
+        if not _are_as_known(plan.entries, grads, new):
+            return None
     elif not new.same_kinds_of_grads(plan.look):
         return None
-    looked_at = not plan.copied and not any(new.present)  # what the kernel reads, of all params
+    addresses = _addresses_by_place(new)
     tables = {}
     for device, table in plan.tables.items():
         entries = plan.by_device[device]
-        if looked_at and len(entries) == len(grads):
-            column = grad_words(chain.from_iterable(part.addresses for part in new.grads))
-        else:
+        if plan.copied:
             column = grad_column(entries, grads)
+        elif len(entries) == len(addresses):
+            column = t.frozen(addresses)
+        else:
+            column = t.frozen(addresses[[e.place for e in entries]])
         tables[device] = dataclasses.replace(table, grads=column)
     return dataclasses.replace(plan, look=new, tables=tables)
+
+
+def _are_as_known(entries: Entries, grads: Sequence[Tensor | None], new: Look) -> bool:
+    """Whether the gradients seen are those of entries alone, and laid out as these say."""
+    there = [grads[place] is not None for place in entries.places]
+    dtypes, strides, numels, contiguous, lazy = [list(compress(x, there)) for x in entries.grads]
+    kinds = zip(*(part.kinds for part in new.grads), strict=True)
+    if [dtypes, numels, contiguous] != [list(chain.from_iterable(x)) for x in kinds]:
+        return False
+    if not any(part.others or part.lazy for part in new.grads):
+        return True
+    known = map(GradLayout, dtypes, strides, numels, contiguous, lazy)
+    here = [grad for place in entries.places if (grad := grads[place]) is not None]
+    return list(known) == list(map(grad_layout, here))
+
+
+def _addresses_by_place(look: Look) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Addresses of the gradients of all params, 0 where there is none."""
+    found = np.fromiter(chain.from_iterable(part.addresses for part in look.grads), dtype=np.int64)
+    found[found == 0] = t.EMPTY_GRAD
+    if not any(look.present):
+        return found
+    parts = zip(look.present, look.grads, strict=True)
+    there = np.concatenate([some or [True] * len(part.addresses) for some, part in parts])
+    addresses = np.zeros(len(there), dtype=np.int64)
+    addresses[there] = found
+    return addresses
 
 
 def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.Words:
@@ -438,13 +479,6 @@ def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.W
         grad = grads[e.place]
         if grad is not None:
             column[i] = (grad if e.grad_copy is None else e.grad_copy).data_ptr() or t.EMPTY_GRAD
-    return t.frozen(column)
-
-
-def grad_words(addresses: Iterable[int]) -> t.Words:
-    """The same, where all gradients are present and read as they are."""
-    column = np.fromiter(addresses, dtype=np.int64)
-    column[column == 0] = t.EMPTY_GRAD
     return t.frozen(column)
 
 

@@ -397,14 +397,17 @@ def test_a_stale_graph_raises(device: torch.device, backend: str) -> None:
 @each("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_version_counters(device: torch.device, backend: str, dtype: torch.dtype) -> None:
     """Of all that was written, and of nothing else: a param without a gradient keeps its own."""
-    optimizer = FusedAdamW(make_params(device, dtype), amsgrad=True, backend=backend)
+    groups = [
+        {"params": make_params(device, dtype), "amsgrad": amsgrad} for amsgrad in (False, True)
+    ]
+    optimizer = FusedAdamW(groups, backend=backend)
     step_all(optimizer)
     give_grads(optimizer, absent=1)
     params = params_of(optimizer)
 
     def versions() -> list[list[int]]:
-        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        return [[p._version, *(optimizer.state[p][k]._version for k in keys)] for p in params]
+        kept = [[x for k, x in optimizer.state[p].items() if k != "step"] for p in params]
+        return [[x._version for x in (p, *own)] for p, own in zip(params, kept, strict=True)]
 
     before, grads = versions(), [p.grad._version for p in params if p.grad is not None]
     optimizer.step()
