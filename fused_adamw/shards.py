@@ -26,7 +26,7 @@ def is_sharded(x: object) -> TypeGuard[DTensor]:
     return kind is not None and isinstance(x, kind)
 
 
-def _dtensor() -> type | None:
+def _dtensor() -> type[DTensor] | None:
     # who has one has imported it; doing so here would cost everyone a second
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
@@ -39,7 +39,10 @@ def local(x: Tensor) -> Tensor:
 
 def local_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's state as it lies on this rank."""
-    return {key: local(x) if isinstance(x, Tensor) else x for key, x in state.items()}
+    kind = _dtensor()
+    if kind is None:
+        return dict(state)
+    return {key: x._local_tensor if isinstance(x, kind) else x for key, x in state.items()}
 
 
 def as_param(x: Tensor, param: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ leaves them alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -88,10 +89,9 @@ class Storage(NamedTuple):
     amsgrad: bool
 
     @property
-    def moments(self) -> dict[str, torch.dtype | None]:
+    def moments(self) -> Mapping[str, torch.dtype | None]:
         """Names of the moments, and their dtypes."""
-        dtypes = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {**dtypes, "max_exp_avg_sq": self.exp_avg_sq} if self.amsgrad else dtypes
+        return _moments(self)
 
     @property
     def plain(self) -> bool:
@@ -111,10 +111,21 @@ class Storage(NamedTuple):
     @property
     def keys(self) -> tuple[str, ...]:
         """Keys of the state besides "step"."""
-        keys = [k for name, dtype in self.moments.items() for k in keys_of(name, dtype)]
-        if self.master is not None:
-            keys.append(REMAINDER if self.master == torch.int16 else MASTER)
-        return tuple(keys)
+        return _keys(self)
+
+
+@functools.cache  # there are a few storages, and thousands of params to ask them for
+def _moments(storage: Storage) -> Mapping[str, torch.dtype | None]:
+    dtypes = {"exp_avg": storage.exp_avg, "exp_avg_sq": storage.exp_avg_sq}
+    return {**dtypes, "max_exp_avg_sq": storage.exp_avg_sq} if storage.amsgrad else dtypes
+
+
+@functools.cache
+def _keys(storage: Storage) -> tuple[str, ...]:
+    keys = [k for name, dtype in storage.moments.items() for k in keys_of(name, dtype)]
+    if storage.master is not None:
+        keys.append(REMAINDER if storage.master == torch.int16 else MASTER)
+    return tuple(keys)
 
 
 def describe(storage: Storage, param: Tensor) -> str:
