@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 import weakref
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from twins import give_grads, make_params
 
 from fused_adamw import FusedAdamW, launch
 from fused_adamw.kernels import table as t
+from fused_adamw.kernels.front import Front
 
 
 @pytest.fixture
@@ -164,6 +167,35 @@ def test_a_step_is_its_launches_and_nothing_else(
     assert operations.seen == []
     with_norm = not {"max_grad_norm", "skip_nonfinite"}.isdisjoint(options)
     assert launched == [*["sum_squares"] * with_norm, "schedule", "adamw"]
+
+
+def test_an_unchanged_step_takes_few_calls(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle GPU waits for them. As many for 1 tensor as for 1,000."""
+    monkeypatch.setattr(Front, "launch", lambda *_: None)
+    counts = []
+    for tensors in (1, 1000):
+        params = [torch.nn.Parameter(torch.zeros(2, device=device)) for _ in range(tensors)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        adamw = FusedAdamW(params, backend="triton")
+        adamw.step()
+        adamw.step()
+        calls: list[str] = []
+
+        def note(frame: FrameType, event: str, _: object, calls: list[str] = calls) -> None:
+            if event == "call" and frame.f_globals["__name__"].startswith("fused_adamw"):
+                calls.append(frame.f_code.co_name)
+
+        sys.setprofile(note)
+        try:
+            adamw.step()
+        finally:
+            sys.setprofile(None)
+        counts.append(len(calls))
+    assert 30 < counts[0] <= 66, counts
+    assert counts[0] == counts[1], counts
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "grad_scaler"])
