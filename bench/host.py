@@ -111,7 +111,7 @@ def new_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def idle_experts(optimizer: torch.optim.Optimizer) -> None:
-    """A fifth of the gradients is missing, others in each step."""
+    """A fifth of the gradients is missing, others in each step; of one to four none is."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

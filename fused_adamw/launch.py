@@ -192,8 +192,8 @@ class Launcher:
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
         self._given: t.Table | None = None  # as the plan has it
         self._whole: t.Table | None = None  # with its groups, and with what these ask for
-        self._rows: GroupRows | None = None  # of the prepared step
-        self._capturing = False  # whether that is captured
+        self._group_rows: GroupRows | None = None  # of the prepared step
+        self._capturing = False  # whether that step is captured
         self._stream: torch.Stream | None = None
         self._prepared: tuple[object, ...] = ()  # what the next launch is compiled for
         self._launched: set[tuple[object, ...]] = set()  # what earlier ones were
@@ -217,7 +217,7 @@ class Launcher:
                 launched the kernels that are asked for: compiling and loading them would break
                 the capture.
         """
-        self._rows = groups
+        self._group_rows = groups
         before = self._groups
         if groups.words is not before and groups.words.tobytes() != before.tobytes():
             self._groups = groups.words
@@ -258,8 +258,8 @@ class Launcher:
     def upload(self, table: t.Table, alive: object, kept: Iterable[Tensor] = ()) -> t.Memory:
         """Bring the device's copy of a prepared table up to date.
 
-        `alive`: what the launches read and write besides it and the scalars of the prepared rows,
-        kept with both where they are captured.
+        `alive`: what the launches read and write besides; kept, as the table and the prepared
+        rows are, where they are captured.
         `kept`: what of that lives from step to step, until others take its place.
         """
         if self._capturing:
@@ -294,8 +294,8 @@ class Launcher:
         norm: sums of squares of all gradients, to be added up, and where to note the metrics.
         measures: telemetry.py's Measures.
         """
-        assert self._rows is not None
-        rates = self._rows.rates
+        assert self._group_rows is not None
+        rates = self._group_rows.rates
         with current(self.device):
             grad_scale, found_inf = self._scalar(asked.grad_scale), self._scalar(asked.found_inf)
             if self._capturing:
@@ -344,7 +344,7 @@ class Launcher:
         assert self._reserve is not None
         memory, host = self._reserve
         self._reserve = None
-        self.captured.append((memory, host, self._rows, alive))
+        self.captured.append((memory, host, self._group_rows, alive))
         t.write_words(table, host)
         memory.words.copy_(host, non_blocking=True)
         return memory

@@ -17,7 +17,8 @@ class Described(NamedTuple):
 
     Contiguous tensors are told apart by numel, others by shape and strides. A sign or a conjugate
     that is applied only when read (`is_neg`, `is_conj`) comes from complex tensors: those can be
-    conjugated, and an imaginary part negated, which is contiguous only if it is one element.
+    conjugated, and an imaginary part negated, which is contiguous only if it is one element (unless
+    as_strided made it so).
     """
 
     addresses: list[int]
@@ -60,6 +61,7 @@ class GradLayout(NamedTuple):
     """What a gradient is besides its address."""
 
     dtype: torch.dtype
+    shape: torch.Size
     stride: tuple[int, ...]
     numel: int
     contiguous: bool
@@ -69,7 +71,9 @@ class GradLayout(NamedTuple):
 def grad_layout(grad: Tensor) -> GradLayout:
     """The layout of a strided gradient."""
     lazy = grad.is_conj() or grad.is_neg()
-    return GradLayout(grad.dtype, grad.stride(), grad.numel(), grad.is_contiguous(), lazy)
+    return GradLayout(
+        grad.dtype, grad.shape, grad.stride(), grad.numel(), grad.is_contiguous(), lazy
+    )
 
 
 def is_dense(x: Tensor) -> bool:

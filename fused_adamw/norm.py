@@ -37,7 +37,7 @@ class Clipping(NamedTuple):
         return self.max_norm is not None or self.skip_nonfinite
 
 
-_NONE = Clipping(None, skip_nonfinite=False)
+_NONE = Clipping(None, skip_nonfinite=False)  # one for all steps: to make it is two calls
 
 
 def check_clipping(max_grad_norm: object, skip_nonfinite: object) -> Clipping:

@@ -164,9 +164,7 @@ class Plan:
     states: list[weakref.ref[Any]]  # the objects, and what they had their memory in
     gone: list[weakref.ref[Any]]  # those that died: others may have got their id, their address
     pooled: bool  # whether some states are parts of larger storages, counts of steps apart
-    versioned: list[
-        bool
-    ]  # of the states: False for one whose versions an earlier one's counter has
+    versioned: list[bool]  # of the states; False: an earlier one's counter is its own, too
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
@@ -324,11 +322,7 @@ def make_entries(
                 layout = grad_layout(grad)
             else:
                 layout = grad_layout(here)._replace(dtype=p.dtype, lazy=False)
-                if (
-                    place in known
-                    and known[place][0] is p
-                    and known[place][1].numel == here.numel()
-                ):
+                if place in known and known[place][0] is p and known[place][1].shape == here.shape:
                     layout = known[place][1]
             part = place_of(name, p) if storage.random or storage.quantised else Place()
             mesh = meshes[place] if meshes else 0
@@ -416,11 +410,11 @@ def make_plan(
 
 
 def _first_of_their_base(states: Iterable[Tensor]) -> Iterator[bool]:
-    bases: set[int] = set()  # views of one tensor count their versions together
+    bases: dict[int, Tensor] = {}  # views of one tensor count their versions together
     for x in states:
-        base = id(x if x._base is None else x._base)
-        yield base not in bases
-        bases.add(base)
+        base = x if x._base is None else x._base
+        yield id(base) not in bases
+        bases[id(base)] = base  # alive, so that nobody else gets its id
 
 
 def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | None:
@@ -446,15 +440,19 @@ def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | 
 
 
 def _are_as_known(entries: Entries, grads: Sequence[Tensor | None], new: Look) -> bool:
-    """Whether the gradients seen are those of entries alone, and laid out as these say."""
+    """Whether the gradients seen are those of entries alone, and laid out as these say.
+
+    Contiguous ones by dtype and numel, as ever: an entry's param has the shape of its gradient.
+    """
     there = [grads[place] is not None for place in entries.places]
-    dtypes, strides, numels, contiguous, lazy = [list(compress(x, there)) for x in entries.grads]
+    columns = [list(compress(column, there)) for column in entries.grads]
+    dtypes, _, _, numels, contiguous, _ = columns
     kinds = zip(*(part.kinds for part in new.grads), strict=True)
     if [dtypes, numels, contiguous] != [list(chain.from_iterable(x)) for x in kinds]:
         return False
     if not any(part.others or part.lazy for part in new.grads):
         return True
-    known = map(GradLayout, dtypes, strides, numels, contiguous, lazy)
+    known = map(GradLayout, *columns)
     here = [grad for place in entries.places if (grad := grads[place]) is not None]
     return list(known) == list(map(grad_layout, here))
 

@@ -416,8 +416,7 @@ class _Part(FusedAdamW):
             whole_group = whole.param_groups[number].items()
             group.update((k, v) for k, v in whole_group if k not in ("params", "param_names"))
         self._own, self._last_sums = {}, last_sums
-        with torch.no_grad():
-            self._update()
+        self._update()
         return self._own
 
     def _make_metrics(self, devices: Collection[torch.device]) -> None:

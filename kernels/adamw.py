@@ -144,18 +144,18 @@ def _block(
             BLOCK,
         )  # fmt: skip
 
-    PAIRS: tl.constexpr = PTX and ALIGNED  # else elements come one by one
-    g = _widened(g, COMPUTE, PAIRS)
+    TOGETHER: tl.constexpr = PTX and ALIGNED  # several in a register, else one by one
+    g = _widened(g, COMPUTE, TOGETHER)
     if EXP_AVG == tl.uint8:
-        m = _decode_signed(m, m_exponents, PAIRS)
+        m = _decode_signed(m, m_exponents, TOGETHER)
     else:
-        m = _widened(m, COMPUTE, PAIRS)
-    v = _decode_second(v, v_exponents, COMPUTE, PAIRS)
-    v_max = _decode_second(v_max, v_max_exponents, COMPUTE, PAIRS) if AMSGRAD else v
+        m = _widened(m, COMPUTE, TOGETHER)
+    v = _decode_second(v, v_exponents, COMPUTE, TOGETHER)
+    v_max = _decode_second(v_max, v_max_exponents, COMPUTE, TOGETHER) if AMSGRAD else v
     if MASTER == tl.int1:
-        p = _widened(p, COMPUTE, PAIRS)
+        p = _widened(p, COMPUTE, TOGETHER)
     elif MASTER == tl.int16:
-        p = _decode_remainder(p, master, PAIRS)
+        p = _decode_remainder(p, master, TOGETHER)
     else:
         p = _decode_master(p, master)
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
@@ -202,7 +202,7 @@ def _block(
         kept = p.to(PARAM)
         _store(p_at, kept, mask, STORE_CACHE, EVICTION)
     if EXP_AVG == tl.uint8:
-        code, exponents = _encode_signed(m, PAIRS)
+        code, exponents = _encode_signed(m, TOGETHER)
         tl.store(m_exponents_at, exponents, mask=exponents_stored)
         _store(m_at, code, mask, STORE_CACHE, EVICTION)
     else:

@@ -1,4 +1,4 @@
-"""Launches past Triton's front: what was launched once is launched by its own handle from then on.
+"""Launches past Triton's front: what was launched once, with as many programs, goes by its handle.
 
 To find what it has compiled, Triton looks in each call at type and alignment of every argument, at
 every constant, and at every global that the code reads: 29 to 43 µs on the host of an H200, where a

@@ -85,7 +85,7 @@ def _signed_halves(x):
 
 @triton.jit
 def _signed_bytes(x):
-    """The same from int8."""
+    """The same from the bits of int8, as uint8."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $4, 0, 0x8880; prmt.b32 $1, $4, 0, 0x9991;"
         " prmt.b32 $2, $4, 0, 0xaaa2; prmt.b32 $3, $4, 0, 0xbbb3;",

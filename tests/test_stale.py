@@ -417,3 +417,67 @@ def test_amsgrad_switched_on_over_moments_of_another_dtype(
     state = ours.state[p]
     assert state["max_exp_avg_sq"].dtype == state["exp_avg_sq"].dtype == torch.float32
     assert (state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()
+
+
+def step_without(place: int, *optimizers: torch.optim.Optimizer) -> None:
+    """A step in which one param has no gradient."""
+    for optimizer in optimizers:
+        params_of(optimizer)[place].grad = None
+        optimizer.step()
+
+
+@each(
+    "shape, strides",
+    [((4, 3), ((1, 4), (3, 1))), ((2, 2, 2), ((4, 1, 2), (2, 4, 1)))],
+    ids=["one_contiguous", "none_contiguous"],
+)
+def test_a_gradient_comes_back_in_another_layout(
+    device: torch.device, backend: str, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+) -> None:
+    x = torch.empty_strided(shape, strides[0], dtype=F64, device=device).fill_(0.5)  # no copies
+    params = [[Parameter(x.clone()), Parameter(x.clone())] for _ in range(2)]
+    ours, theirs = FusedAdamW(params[0], backend=backend), torch.optim.AdamW(params[1])
+    for stride in (*strides, strides[0]):
+        give_grads(ours, theirs)
+        for optimizer in (ours, theirs):
+            p = params_of(optimizer)[0]
+            assert p.grad is not None
+            p.grad = torch.empty_strided(shape, stride, dtype=F64, device=device).copy_(p.grad)
+            optimizer.step()
+        assert_same(ours, theirs)
+        step_without(0, ours, theirs)
+        assert_same(ours, theirs)
+
+
+@each(
+    "reshaped",
+    [lambda x: x.as_strided((2, 12), (1, 2)), lambda x: x.view(24), lambda x: x.view(12, 2)],
+    ids=["strided", "fewer_dimensions", "rows"],
+)
+def test_a_gradient_comes_back_in_another_shape(
+    device: torch.device, backend: str, reshaped: Callable[[Tensor], Tensor]
+) -> None:
+    """Its param has changed while it was away: what was known of its layout says nothing."""
+    column = torch.randn(24, 1, dtype=F64, device=device)
+    params = [[Parameter(column.clone()), Parameter(column.clone())] for _ in range(2)]
+    ours, theirs = FusedAdamW(params[0], backend=backend), torch.optim.AdamW(params[1])
+    give_grads(ours, theirs)
+    for optimizer in (ours, theirs):
+        p = params_of(optimizer)[0]
+        assert p.grad is not None
+        p.grad = p.grad.as_strided((24, 1), (1, 2))  # contiguous, as it has one column
+        optimizer.step()
+        p.grad, p.data = None, reshaped(p.data)
+        state = optimizer.state[p]
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = reshaped(state[key].clone())
+    step_without(0, ours, theirs)
+    give_grads(ours, theirs)
+    for optimizer in (ours, theirs):
+        p = params_of(optimizer)[0]
+        assert p.grad is not None
+        p.grad = p.grad.contiguous()
+        optimizer.step()
+    assert_same(ours, theirs)
+    assert ours._plan is not None
+    assert len(ours._plan.copied) == (not params_of(ours)[0].is_contiguous())  # else as they are
