@@ -433,7 +433,6 @@ class FusedAdamW(Optimizer):
         stating.init_state(entries.all, self.state, step_dtype())
         self._plan, seen = planning.make_plan(
             members,
-            grads,
             entries,
             self.state,
             on_kernel,

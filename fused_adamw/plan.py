@@ -40,6 +40,7 @@ from .storage import Storage
 Groups = Sequence[Mapping[str, Any]]
 Grads = Sequence[Tensor | None]
 State = MutableMapping[Tensor, dict[str, Any]]
+Addresses = np.ndarray[Any, np.dtype[np.int64]]
 
 
 # Params asked in one go: their objects stay in the cache from one question to the next, and answers
@@ -360,7 +361,6 @@ def refuse_shared_memory(
 
 def make_plan(
     members: Members,
-    grads: Sequence[Tensor | None],
     entries: Entries,
     state: State,
     on_kernel: Collection[torch.device],
@@ -381,6 +381,8 @@ def make_plan(
         for x, storage in zip(states, storages, strict=True)
     )
     new, seen = look(members, entries, state, grads_here, pooled)
+    addresses = _addresses_by_place(new)
+    copied = tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None)
     gone: list[weakref.ref[Any]] = []
     plan = Plan(
         look=new,
@@ -390,12 +392,12 @@ def make_plan(
         pooled=pooled,
         versioned=list(_first_of_their_base(states)),
         entries=entries,
-        copied=tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None),
+        copied=copied,
         by_device={device: tuple(own) for device, own in by_device.items()},
         tables={
             device: t.build(
                 [_row(e, local_state(state[e.param])) for e in by_device[device]],
-                grad_column(by_device[device], grads),
+                _grad_column(by_device[device], addresses, bool(copied)),
                 no_groups,
                 len(members.counts),
                 launch_parameters(architecture(device)),
@@ -426,16 +428,12 @@ def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | 
     elif not new.same_kinds_of_grads(plan.look):
         return None
     addresses = _addresses_by_place(new)
-    tables = {}
-    for device, table in plan.tables.items():
-        entries = plan.by_device[device]
-        if plan.copied:
-            column = grad_column(entries, grads)
-        elif len(entries) == len(addresses):
-            column = t.frozen(addresses)
-        else:
-            column = t.frozen(addresses[[e.place for e in entries]])
-        tables[device] = dataclasses.replace(table, grads=column)
+    tables = {
+        device: dataclasses.replace(
+            table, grads=_grad_column(plan.by_device[device], addresses, bool(plan.copied))
+        )
+        for device, table in plan.tables.items()
+    }
     return dataclasses.replace(plan, look=new, tables=tables)
 
 
@@ -457,7 +455,7 @@ def _are_as_known(entries: Entries, grads: Sequence[Tensor | None], new: Look) -
     return list(known) == list(map(grad_layout, here))
 
 
-def _addresses_by_place(look: Look) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _addresses_by_place(look: Look) -> Addresses:
     """Addresses of the gradients of all params, 0 where there is none."""
     found = np.fromiter(chain.from_iterable(part.addresses for part in look.grads), dtype=np.int64)
     found[found == 0] = t.EMPTY_GRAD
@@ -470,13 +468,17 @@ def _addresses_by_place(look: Look) -> np.ndarray[Any, np.dtype[np.int64]]:
     return addresses
 
 
-def grad_column(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> t.Words:
-    """Addresses that the kernel reads gradients from, 0 where there is none in this step."""
-    column = np.zeros(len(entries), dtype=np.int64)
-    for i, e in enumerate(entries):
-        grad = grads[e.place]
-        if grad is not None:
-            column[i] = (grad if e.grad_copy is None else e.grad_copy).data_ptr() or t.EMPTY_GRAD
+def _grad_column(entries: Sequence[Entry], addresses: Addresses, copied: bool) -> t.Words:
+    """Addresses that the kernel reads gradients from, 0 where there is none in this step.
+
+    copied: whether some entry, of whatever device, has a stand-in.
+    """
+    all_of_them = len(entries) == len(addresses)
+    column = addresses if all_of_them else addresses[[e.place for e in entries]]
+    if copied:
+        for i, e in enumerate(entries):
+            if e.grad_copy is not None and column[i]:
+                column[i] = e.grad_copy.data_ptr() or t.EMPTY_GRAD
     return t.frozen(column)
 
 

@@ -89,9 +89,11 @@ class Storage(NamedTuple):
     amsgrad: bool
 
     @property
+    @functools.cache  # noqa: B019 - a few storages, and thousands of params that ask
     def moments(self) -> Mapping[str, torch.dtype | None]:
         """Names of the moments, and their dtypes."""
-        return _moments(self)
+        dtypes = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {**dtypes, "max_exp_avg_sq": self.exp_avg_sq} if self.amsgrad else dtypes
 
     @property
     def plain(self) -> bool:
@@ -109,23 +111,13 @@ class Storage(NamedTuple):
         return torch.uint8 in (self.exp_avg, self.exp_avg_sq)
 
     @property
+    @functools.cache  # noqa: B019 - as above
     def keys(self) -> tuple[str, ...]:
         """Keys of the state besides "step"."""
-        return _keys(self)
-
-
-@functools.cache  # there are a few storages, and thousands of params to ask them for
-def _moments(storage: Storage) -> Mapping[str, torch.dtype | None]:
-    dtypes = {"exp_avg": storage.exp_avg, "exp_avg_sq": storage.exp_avg_sq}
-    return {**dtypes, "max_exp_avg_sq": storage.exp_avg_sq} if storage.amsgrad else dtypes
-
-
-@functools.cache
-def _keys(storage: Storage) -> tuple[str, ...]:
-    keys = [k for name, dtype in storage.moments.items() for k in keys_of(name, dtype)]
-    if storage.master is not None:
-        keys.append(REMAINDER if storage.master == torch.int16 else MASTER)
-    return tuple(keys)
+        keys = [k for name, dtype in self.moments.items() for k in keys_of(name, dtype)]
+        if self.master is not None:
+            keys.append(REMAINDER if self.master == torch.int16 else MASTER)
+        return tuple(keys)
 
 
 def describe(storage: Storage, param: Tensor) -> str:

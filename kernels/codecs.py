@@ -12,7 +12,7 @@ import triton.language as tl
 from . import table as t
 from .columns import QUANT_BLOCK
 from .columns import RANDOM_GROUP as _GROUP
-from .nvidia import _and_or, _signed_bytes, _signed_halves, _top_bytes, _unsigned_bytes
+from .nvidia import _and_or, _bytes, _signed_halves, _top_bytes
 
 _SIGNED_SHIFT = tl.constexpr(23 - t.SIGNED_MANTISSA)
 _SIGNED_BITS = tl.constexpr(0x7F << (23 - t.SIGNED_MANTISSA))  # of a code, shifted
@@ -132,7 +132,7 @@ def _repeat(x, TIMES: tl.constexpr):
 @triton.jit
 def _decode_signed(code, exponents, PTX: tl.constexpr):
     """Float32 from codes, uint8 [n], and exponents, uint8 [n / 8]."""
-    spread = _signed_bytes(code) if PTX else code.to(tl.int8, bitcast=True).to(tl.int32)
+    spread = _bytes(code, True) if PTX else code.to(tl.int8, bitcast=True).to(tl.int32)
     shifted = spread << _SIGNED_SHIFT
     scale = _float(exponents.to(tl.int32) << 23)
     if PTX:
@@ -147,7 +147,7 @@ def _decode_signed(code, exponents, PTX: tl.constexpr):
 def _decode_unsigned(code, exponents, PTX: tl.constexpr):
     """The same for values that are not negative."""
     # half of it, with twice the scale: so shift and addition are one instruction, and no `or`
-    wide = _unsigned_bytes(code) if PTX else code.to(tl.int32)
+    wide = _bytes(code, False) if PTX else code.to(tl.int32)
     x = _float((wide << _UNSIGNED_SHIFT) + (_UNSIGNED_ZERO - _BINADE))
     scale = _float((exponents.to(tl.int32) + 1) << 23)
     return tl.fma(x, _repeat(scale, _GROUP), _repeat(scale * (-_UNSIGNED_FLOOR / 2), _GROUP))

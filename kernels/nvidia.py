@@ -84,30 +84,17 @@ def _signed_halves(x):
 
 
 @triton.jit
-def _signed_bytes(x):
-    """The same from the bits of int8, as uint8."""
-    return tl.inline_asm_elementwise(
+def _bytes(x, SIGNED: tl.constexpr):
+    """The same from uint8, or from the bits of int8 as uint8."""
+    ASM: tl.constexpr = (
         "prmt.b32 $0, $4, 0, 0x8880; prmt.b32 $1, $4, 0, 0x9991;"
-        " prmt.b32 $2, $4, 0, 0xaaa2; prmt.b32 $3, $4, 0, 0xbbb3;",
-        "=r,=r,=r,=r,r",
-        [x],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=4,
+        " prmt.b32 $2, $4, 0, 0xaaa2; prmt.b32 $3, $4, 0, 0xbbb3;"
+        if SIGNED
+        else "prmt.b32 $0, $4, 0, 0x4440; prmt.b32 $1, $4, 0, 0x4441;"
+        " prmt.b32 $2, $4, 0, 0x4442; prmt.b32 $3, $4, 0, 0x4443;"
     )
-
-
-@triton.jit
-def _unsigned_bytes(x):
-    """The same from uint8."""
     return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $4, 0, 0x4440; prmt.b32 $1, $4, 0, 0x4441;"
-        " prmt.b32 $2, $4, 0, 0x4442; prmt.b32 $3, $4, 0, 0x4443;",
-        "=r,=r,=r,=r,r",
-        [x],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=4,
+        ASM, "=r,=r,=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=4
     )
 
 

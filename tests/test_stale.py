@@ -419,10 +419,13 @@ def test_amsgrad_switched_on_over_moments_of_another_dtype(
     assert (state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()
 
 
-def step_without(place: int, *optimizers: torch.optim.Optimizer) -> None:
-    """A step in which one param has no gradient."""
+def step_with(layout: Callable[[Tensor], Tensor], *optimizers: torch.optim.Optimizer) -> None:
+    """A step with new gradients, that of the first param laid out otherwise."""
+    give_grads(*optimizers)
     for optimizer in optimizers:
-        params_of(optimizer)[place].grad = None
+        p = params_of(optimizer)[0]
+        assert p.grad is not None
+        p.grad = layout(p.grad)
         optimizer.step()
 
 
@@ -438,14 +441,13 @@ def test_a_gradient_comes_back_in_another_layout(
     params = [[Parameter(x.clone()), Parameter(x.clone())] for _ in range(2)]
     ours, theirs = FusedAdamW(params[0], backend=backend), torch.optim.AdamW(params[1])
     for stride in (*strides, strides[0]):
-        give_grads(ours, theirs)
-        for optimizer in (ours, theirs):
-            p = params_of(optimizer)[0]
-            assert p.grad is not None
-            p.grad = torch.empty_strided(shape, stride, dtype=F64, device=device).copy_(p.grad)
-            optimizer.step()
+
+        def laid_out(grad: Tensor, stride: tuple[int, ...] = stride) -> Tensor:
+            return grad.new_empty_strided(shape, stride).copy_(grad)
+
+        step_with(laid_out, ours, theirs)
         assert_same(ours, theirs)
-        step_without(0, ours, theirs)
+        step_all(ours, theirs, absent=0)
         assert_same(ours, theirs)
 
 
@@ -461,23 +463,15 @@ def test_a_gradient_comes_back_in_another_shape(
     column = torch.randn(24, 1, dtype=F64, device=device)
     params = [[Parameter(column.clone()), Parameter(column.clone())] for _ in range(2)]
     ours, theirs = FusedAdamW(params[0], backend=backend), torch.optim.AdamW(params[1])
-    give_grads(ours, theirs)
+    step_with(lambda grad: grad.as_strided((24, 1), (1, 2)), ours, theirs)  # counts as contiguous
     for optimizer in (ours, theirs):
         p = params_of(optimizer)[0]
-        assert p.grad is not None
-        p.grad = p.grad.as_strided((24, 1), (1, 2))  # contiguous, as it has one column
-        optimizer.step()
         p.grad, p.data = None, reshaped(p.data)
         state = optimizer.state[p]
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = reshaped(state[key].clone())
-    step_without(0, ours, theirs)
-    give_grads(ours, theirs)
-    for optimizer in (ours, theirs):
-        p = params_of(optimizer)[0]
-        assert p.grad is not None
-        p.grad = p.grad.contiguous()
-        optimizer.step()
+    step_all(ours, theirs, absent=0)
+    step_with(Tensor.contiguous, ours, theirs)
     assert_same(ours, theirs)
     assert ours._plan is not None
     assert len(ours._plan.copied) == (not params_of(ours)[0].is_contiguous())  # else as they are
