@@ -246,17 +246,23 @@ def lacking(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> list[st
 
 
 def make(
-    storage: Storage, like: Tensor, state: Mapping[str, Any], keys: Collection[str]
-) -> dict[str, Tensor]:
-    """New tensors for the keys, from what the state has in whatever form; zeros if it has none."""
-    made: dict[str, Tensor] = {}
+    storage: Storage,
+    like: Tensor,
+    state: Mapping[str, Any],
+    keys: Collection[str],
+    made: dict[str, Tensor],
+) -> None:
+    """Put new tensors for the keys beside those made before.
+
+    Of what the state has, in whatever form, and zeros where it has nothing.
+    """
     for name, dtype in storage.moments.items():
         own = keys_of(name, dtype)
-        if own[0] not in keys:
+        if set(own).isdisjoint(keys):
             continue
         x = decoded(name, state)
         if dtype == torch.uint8:
-            made.update(zip(own, _quantised(name, x, like), strict=True))
+            made.update(_quantised(name, x, like, keys))
             continue
         if dtype is None:
             twin = "exp_avg_sq" if name == "max_exp_avg_sq" else name
@@ -268,12 +274,14 @@ def make(
     if storage.master is not None and storage.keys[-1] in keys:
         key = storage.keys[-1]
         made[key] = _made_master(key, like, state)
-    return made
 
 
 def converted(storage: Storage, like: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the state has, as it shall be kept, where it is kept otherwise; see `make`."""
-    return make(storage, like, state, [k for k in lacking(storage, like, state) if known(k, state)])
+    made: dict[str, Tensor] = {}
+    keys = [key for key in lacking(storage, like, state) if known(key, state)]
+    make(storage, like, state, keys, made)
+    return made
 
 
 def known(key: str, state: Mapping[str, Any]) -> bool:
@@ -316,13 +324,16 @@ def encoded(name: str, x: Tensor, random: Tensor | None = None) -> tuple[Tensor,
     return formats.encode_unsigned(x, random)
 
 
-def _quantised(name: str, x: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and exponents as the state keeps them, rounded to nearest."""
+def _quantised(
+    name: str, x: Tensor | None, like: Tensor, keys: Collection[str]
+) -> dict[str, Tensor]:
+    """Codes and exponents as the state keeps them, rounded to nearest: both, or zeros for keys."""
+    own = dict(zip(keys_of(name, torch.uint8), (like.shape, scale_shape(like)), strict=True))
     if x is None or not x.numel():
-        code = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
-        return code, torch.zeros(scale_shape(like), dtype=torch.uint8, device=like.device)
-    code, scale = encoded(name, x.to(like.device, torch.float32).reshape(-1))
-    return code.view(like.shape), scale.view(scale_shape(like))
+        zeros = functools.partial(torch.zeros, dtype=torch.uint8, device=like.device)
+        return {key: zeros(shape) for key, shape in own.items() if key in keys}
+    made = encoded(name, x.to(like.device, torch.float32).reshape(-1))
+    return {key: part.view(own[key]) for key, part in zip(own, made, strict=True)}
 
 
 def master_of(param: Tensor, state: Mapping[str, Any]) -> Tensor:

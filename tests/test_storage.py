@@ -995,3 +995,28 @@ def test_bytes_of_formats() -> None:
         (t.Signature(F32, F32, U8, U8, True), 12 + 6 + 6 / 64),
     ):
         assert signature.bytes_per_element == wanted
+
+
+def test_states_are_made_one_key_after_the_other(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that they lie in the host's memory in the order in which each step asks for them."""
+    keys: list[str] = []
+    made = storage.make
+
+    def noted(*args: Any) -> None:
+        before = set(args[-1])
+        made(*args)
+        keys.extend(args[-1].keys() - before)
+
+    monkeypatch.setattr(storage, "make", noted)
+    groups = [
+        {"params": make(device, BF16), "amsgrad": True, "master_weights": True},
+        {"params": make(device, F32), "state_dtype": "int8"},
+    ]
+    adamw = FusedAdamW(groups, backend="reference")
+    backward([p for group in groups for p in group["params"]], 3)
+    adamw.step()
+    runs = [key for key, _ in itertools.groupby(keys)]
+    assert len(runs) == len(set(runs)) == 8
+    assert len(keys) == sum(len(s) - 1 for s in adamw.state.values())  # steps apart
