@@ -21,11 +21,13 @@ from . import state as stating
 from . import storage as storing
 from . import telemetry as measuring
 from .checks import check_hypers, check_plain, param_name
+from .entries import Entry, Grads, flat, make_entries, refuse_shared_memory
 from .kernels import table as t
 from .launch import Asked, GroupRows, Launcher, group_rows, is_capturing
 from .layouts import overlaps_itself
+from .look import Members, Seen
 from .norm import check_clipping
-from .plan import Entry, Grads, Members, Plan, Seen, flat
+from .plan import Plan
 from .shards import LocalGrads, as_param, local, local_grads
 from .storage import StateDtype
 from .telemetry import Measures, Telemetry
@@ -419,12 +421,13 @@ class FusedAdamW(Optimizer):
                 return followed
         grads = grads_here or [p.grad for p in members.params]
         meshes, numbers = norming.numbered(members.params, *norm_over)
-        entries = planning.make_entries(groups, grads, self.state, plan, numbers)
+        before = None if plan is None else plan.entries
+        entries = make_entries(groups, grads, self.state, before, numbers)
         devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
         for device in on_kernel - self._launchers.keys():
             self._launchers[device] = Launcher(device)
-        planning.refuse_shared_memory(entries.all, on_kernel, self.state)
+        refuse_shared_memory(entries.all, on_kernel, self.state)
         if stating.lacks_state(entries.all, self.state) and any(map(is_capturing, devices)):
             raise RuntimeError(
                 "FusedAdamW.step() cannot be captured in a CUDA graph before its state exists. Run "

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from . import norm as norming
 from .checks import param_name
+from .entries import Entries, flat
 from .kernels import table as t
 from .launch import is_capturing, stream_of, used_here
+from .look import states_of
 from .optimizer import _OPTIONS, FusedAdamW
-from .plan import Entries, Plan, flat, states_of
+from .plan import Plan
 from .shards import is_sharded, local
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from .shards import (
 )
 
 if TYPE_CHECKING:
-    from .plan import Entry, Groups, State
+    from .entries import Entry, Groups, State
 
 
 def lacks_state(entries: Iterable[Entry], state: State) -> bool:

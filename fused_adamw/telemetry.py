@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from .entries import Entry
 from .kernels import table as t
 from .launch import is_capturing
 from .norm import Ranks
-from .plan import Entry, Plan
+from .plan import Plan
 
 NAMES = ("update_rms", "param_rms", "lost_updates")
 

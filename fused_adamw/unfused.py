@@ -12,9 +12,9 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from . import formats, reference
+from .entries import Entry, Grads, Groups, State
 from .launch import Asked
 from .norm import decide
-from .plan import Entry, Grads, Groups, State
 from .shards import local_state
 from .telemetry import Measures
 

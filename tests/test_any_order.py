@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from twins import F64, OPTIONS, assert_same, beside_torch, go_on_alike, params_of
 
-from fused_adamw import FusedAdamW, formats, plan
+from fused_adamw import FusedAdamW, formats, look
 from fused_adamw.storage import MASTER, REMAINDER
 
 each = pytest.mark.parametrize
@@ -266,7 +266,7 @@ class Masters(Walk):
 
 @pytest.fixture(autouse=True)
 def _parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "IN_CACHE", 2)  # so that a look has parts
+    monkeypatch.setattr(look, "IN_CACHE", 2)  # so that a look has parts
 
 
 @each("first", CHANGES)

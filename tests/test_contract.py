@@ -34,7 +34,7 @@ from twins import (
     step_all,
 )
 
-from fused_adamw import FusedAdamW, plan
+from fused_adamw import FusedAdamW, look
 
 each = pytest.mark.parametrize
 
@@ -399,7 +399,7 @@ def test_version_counters(
     device: torch.device, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all that was written, and of nothing else: a param without a gradient keeps its own."""
-    monkeypatch.setattr(plan, "IN_CACHE", 2)  # so that a look has parts
+    monkeypatch.setattr(look, "IN_CACHE", 2)  # so that a look has parts
     groups = [
         {"params": make_params(device, dtype), "amsgrad": amsgrad} for amsgrad in (False, True)
     ]

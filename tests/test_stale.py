@@ -29,7 +29,7 @@ from twins import (
     step_all,
 )
 
-from fused_adamw import FusedAdamW, plan
+from fused_adamw import FusedAdamW, look
 
 each = pytest.mark.parametrize
 
@@ -44,7 +44,7 @@ def test_stale(
     absent: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "IN_CACHE", 1)  # so that each param is another part of a look
+    monkeypatch.setattr(look, "IN_CACHE", 1)  # so that each param is another part of a look
     ours, theirs = beside_torch(device, backend)
     for _ in range(2):  # the second with the first one's plan
         step_all(ours, theirs, absent=absent)
@@ -217,7 +217,7 @@ def test_gradients_that_come_and_go(
     device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for a param that had none in the first steps, and for all at once."""
-    monkeypatch.setattr(plan, "IN_CACHE", 2)  # so that there are parts of a look: 2 params and 1
+    monkeypatch.setattr(look, "IN_CACHE", 2)  # so that there are parts of a look: 2 params and 1
     ours, theirs = beside_torch(device, backend)
     pattern = [(1, 0, 0), (1, 1, 0), (0, 0, 0), (0, 1, 1), (1, 1, 1), (0, 1, 0), (1, 0, 1)]
     for present in pattern:
