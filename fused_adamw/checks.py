@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -195,18 +195,25 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_overlaps(spans: Iterable[tuple[int, int, str]]) -> None:
+def refuse_overlaps(
+    starts: Sequence[int], sizes: Sequence[int], name: Callable[[int], str]
+) -> None:
     """Raise ValueError where one launch would update the same elements twice at once.
 
-    spans: first address, address behind the last, what lies there.
+    starts, sizes: addresses and bytes of tensors. name: what the i-th of them is.
     """
-    for (_, end, one), (start, _, other) in pairwise(sorted(spans)):
-        if start < end:
-            raise ValueError(
-                f"{one} and {other} overlap: one launch would update the same elements twice at "
-                "once. Give each its own memory (.clone()), or share a weight by registering one "
-                "Parameter object in both modules."
-            )
+    there = np.flatnonzero(sizes)
+    start, size = (np.array(x, dtype=np.int64)[there] for x in (starts, sizes))
+    order = np.argsort(start)
+    late = start[order][:-1] + size[order][:-1] > start[order][1:]
+    if late.any():
+        first = int(late.argmax())
+        one, other = (name(int(there[order[i]])) for i in (first, first + 1))
+        raise ValueError(
+            f"{one} and {other} overlap: one launch would update the same elements twice at "
+            "once. Give each its own memory (.clone()), or share a weight by registering one "
+            "Parameter object in both modules."
+        )
 
 
 def param_name(group: Mapping[str, Any], number: int, position: int) -> str:

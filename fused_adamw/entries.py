@@ -85,18 +85,23 @@ def make_entries(
     grads: Sequence[Tensor | None],
     state: State,
     before: Entries | None,
+    held: Mapping[int, Entry],
     meshes: Sequence[int] = (),
 ) -> Entries:
-    """Check all tensors of the step, then list those to update. Changes nothing.
+    """Check the tensors of the step, then list those to update. Changes nothing.
 
-    `meshes`: a number for each param, 0 where there are none.
     `before`: the last entries, which know the layout of gradients that are away in this step.
+    `held`: those of them, by place, that are what they were: they need no other check.
+    `meshes`: a number for each param, 0 where there are none.
     """
     known = {} if before is None else {e.place: (e.param, e.grad) for e in before.all}
     entries, place = [], -1
     for number, group in enumerate(groups):
         for position, p in enumerate(group["params"]):
             place += 1
+            if place in held:
+                entries.append(held[place])
+                continue
             grad, kept = grads[place], state.get(p, {})
             if group["differentiable"] or (grad is None and not is_started(kept)):
                 continue
@@ -114,10 +119,9 @@ def make_entries(
                     layout = known[place][1]
             part = place_of(name, p) if storage.random or storage.quantised else Place()
             mesh = meshes[place] if meshes else 0
-            entries.append(
-                Entry(place, at, number, name, p, here, storage, part, layout, None, None, mesh)
-            )
-    return Entries.of([_with_copies(e) for e in entries])
+            new = Entry(place, at, number, name, p, here, storage, part, layout, None, None, mesh)
+            entries.append(_with_copies(new))
+    return Entries.of(entries)
 
 
 def _with_copies(e: Entry) -> Entry:
@@ -134,13 +138,18 @@ def refuse_shared_memory(
     entries: Iterable[Entry], devices: Collection[torch.device], state: State
 ) -> None:
     """Raise ValueError where tensors of one table overlap."""
-    refuse_overlaps(
-        (x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize, f"{what} of {e.name}")
-        for e in entries
-        if e.local.device in devices
-        for what, x in (
-            ("memory", e.local if e.dense is None else e.dense),
-            *local_state(state.get(e.param, {})).items(),
-        )
-        if what in ("memory", *e.storage.keys) and x.numel()
-    )
+    starts: list[int] = []
+    sizes: list[int] = []
+    what: list[str] = []
+    whose: list[str] = []
+    for e in entries:
+        if e.local.device not in devices:
+            continue
+        own = local_state(state.get(e.param, {}))
+        keys = [key for key in e.storage.keys if key in own]
+        what += "memory", *keys
+        whose += [e.name] * (1 + len(keys))
+        for x in (e.local if e.dense is None else e.dense, *map(own.__getitem__, keys)):
+            starts.append(x.data_ptr())
+            sizes.append(x.nbytes)
+    refuse_overlaps(starts, sizes, lambda i: f"{what[i]} of {whose[i]}")

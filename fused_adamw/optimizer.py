@@ -414,26 +414,29 @@ class FusedAdamW(Optimizer):
         groups, plan = self.param_groups, self._plan
         norm_over = with_norm, self.grad_norm_group
         grads_here = None if here is None else here.grads
+        held: Mapping[int, Entry] = {}
         if plan is not None and plan.norm_over == norm_over and plan.backend == self.backend:
             followed = planning.follow(plan, members, self.state, grads_here)
             if followed is not None:
                 self._plan = followed[0]
                 return followed
+            held = planning.held(plan, members, self.state, grads_here)
         grads = grads_here or [p.grad for p in members.params]
         meshes, numbers = norming.numbered(members.params, *norm_over)
         before = None if plan is None else plan.entries
-        entries = make_entries(groups, grads, self.state, before, numbers)
+        entries = make_entries(groups, grads, self.state, before, held, numbers)
+        new = [e for e in entries.all if e.place not in held]
         devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
         for device in on_kernel - self._launchers.keys():
             self._launchers[device] = Launcher(device)
         refuse_shared_memory(entries.all, on_kernel, self.state)
-        if stating.lacks_state(entries.all, self.state) and any(map(is_capturing, devices)):
+        if stating.lacks_state(new, self.state) and any(map(is_capturing, devices)):
             raise RuntimeError(
                 "FusedAdamW.step() cannot be captured in a CUDA graph before its state exists. Run "
                 "at least one step() outside the capture, with gradients for the same parameters."
             )
-        stating.init_state(entries.all, self.state, step_dtype())
+        stating.init_state(new, self.state, step_dtype())
         self._plan, seen = planning.make_plan(
             members,
             entries,
@@ -443,6 +446,7 @@ class FusedAdamW(Optimizer):
             meshes,
             norm_over,
             self.backend,
+            before=plan if held else None,
         )
         return self._plan, seen
 

@@ -7,6 +7,7 @@ is kept alive, so that a trainer can move states to the CPU and get their memory
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, compress
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import storage as storing
 from .entries import Entries, Entry, Grads, State
 from .kernels import table as t
 from .kernels.launch_parameters import architecture, launch_parameters
@@ -24,6 +24,7 @@ from .layouts import REALS, GradLayout, grad_layout
 from .look import Look, Members, Seen, for_each_state, look, states_of
 from .norm import Ranks
 from .shards import local, local_state
+from .storage import Storage
 
 Addresses = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -51,16 +52,40 @@ def follow(
     plan: Plan, members: Members, state: State, grads_here: Grads | None = None
 ) -> tuple[Plan, Seen] | None:
     """The plan as it is, or with gradients elsewhere; None where it is stale."""
+    found = _look_again(plan, members, state, grads_here)
+    if found is None:
+        return None
+    new, seen = found
+    if new != plan.look:
+        moved = move_grads(plan, new, seen.grads)
+        return None if moved is None else (moved, seen)
+    return plan, seen
+
+
+def held(plan: Plan, members: Members, state: State, grads_here: Grads | None) -> dict[int, Entry]:
+    """Entries of a stale plan that hold all the same, by place.
+
+    Where some param has its first gradient, or a gradient another layout, all others do: of 10,000
+    that makes planning anew twice as fast. None where params, states or options have changed.
+    """
+    found = _look_again(plan, members, state, grads_here)
+    if found is None:
+        return {}
+    own = ((e, found[1].grads[e.place]) for e in plan.entries.all)
+    return {e.place: e for e, grad in own if grad is None or grad_layout(grad) == e.grad}
+
+
+def _look_again(
+    plan: Plan, members: Members, state: State, grads_here: Grads | None
+) -> tuple[Look, Seen] | None:
+    """A look that finds options, params and states of the plan as they were; None: it does not."""
     try:
         new, seen = look(members, plan.entries, state, grads_here, plan.pooled, plan.look)
     except (KeyError, TypeError, RuntimeError, NotImplementedError):
         return None  # something is missing or has no address: the checks find the words for it
     if plan.gone or not new.same_tensors(plan.look):
         return None
-    if new != plan.look:
-        moved = move_grads(plan, new, seen.grads)
-        return None if moved is None else (moved, seen)
-    return plan, seen
+    return new, seen
 
 
 def written_by(plan: Plan, seen: Seen) -> list[Tensor]:
@@ -84,29 +109,40 @@ def make_plan(
     meshes: Mapping[Ranks, int],
     norm_over: tuple[bool, Any],
     backend: str,
+    before: Plan | None,
 ) -> tuple[Plan, Seen]:
-    """The plan for checked entries whose state is there."""
+    """The plan for checked entries whose state is there.
+
+    before: the last plan, if some of its entries hold, so that all of its states are as they were.
+    """
     by_device: dict[torch.device, list[Entry]] = {}
     for e in entries.all:
         by_device.setdefault(e.local.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
-    states = states_of(entries, state)
+    unknown = entries
+    if before is not None:
+        known = set(before.entries.places)
+        unknown = Entries.of([e for e in entries.all if e.place not in known])
+    states = states_of(unknown, state)
     storages = list(map(Tensor.untyped_storage, states))
+    gone: list[weakref.ref[Any]] = [] if before is None else before.gone
+    watched = [weakref.ref(x, gone.append) for x in (*states, *storages)]
     pooled = any(
         x.dim() and x.nbytes != storage.nbytes()
         for x, storage in zip(states, storages, strict=True)
     )
+    if before is not None:
+        watched, pooled = before.states + watched, before.pooled or pooled
     new, seen = look(members, entries, state, grads_here, pooled)
     addresses = _addresses_by_place(new)
     copied = tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None)
-    gone: list[weakref.ref[Any]] = []
     plan = Plan(
         look=new,
         params=seen.params,
-        states=[weakref.ref(x, gone.append) for x in (*states, *storages)],
+        states=watched,
         gone=gone,
         pooled=pooled,
-        versioned=list(_first_of_their_base(states)),
+        versioned=list(_first_of_their_base(seen.states)),
         entries=entries,
         copied=copied,
         by_device={device: tuple(own) for device, own in by_device.items()},
@@ -201,27 +237,25 @@ def _grad_column(entries: Sequence[Entry], addresses: Addresses, copied: bool) -
 def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
     param, storage = e.local if e.dense is None else e.dense, e.storage
     at = {key: state[key].data_ptr() for key in storage.keys}
-    payloads = {name: storing.keys_of(name, d)[0] for name, d in storage.moments.items()}
-    first, second = payloads["exp_avg"], payloads["exp_avg_sq"]
-    signature = t.Signature(
-        param=REALS.get(param.dtype, param.dtype),
-        grad=REALS.get(e.grad.dtype, e.grad.dtype),
-        exp_avg=REALS.get(state[first].dtype, state[first].dtype),
-        exp_avg_sq=REALS.get(state[second].dtype, state[second].dtype),
-        amsgrad=storage.amsgrad,
-        master=storage.master,
-        stochastic=storage.stochastic,
-    )
+    first, second, *largest = storage.payloads
+    step = state["step"]
     return t.Row(
         param=param.data_ptr(),
         exp_avg=at[first],
         exp_avg_sq=at[second],
-        max_exp_avg_sq=at[payloads["max_exp_avg_sq"]] if storage.amsgrad else 0,
-        step=state["step"].data_ptr(),
+        max_exp_avg_sq=at[largest[0]] if largest else 0,
+        step=step.data_ptr(),
         numel=param.numel() * (2 if param.is_complex() else 1),
         group=e.group,
-        signature=signature._replace(columns=storage.random and e.part.inner != 0),
-        step_is_double=state["step"].dtype == torch.float64,
+        signature=_signature(
+            param.dtype,
+            e.grad.dtype,
+            state[first].dtype,
+            state[second].dtype,
+            storage,
+            columns=storage.random and e.part.inner != 0,
+        ),
+        step_is_double=step.dtype == torch.float64,
         mesh=e.mesh,
         master=at[storage.keys[-1]] if storage.master is not None else 0,
         exp_avg_scale=at.get("exp_avg_scale", 0),
@@ -231,4 +265,25 @@ def _row(e: Entry, state: Mapping[str, Any]) -> t.Row:
         first=e.part.first,
         inner=e.part.inner,
         inner_whole=e.part.inner_whole,
+    )
+
+
+@functools.cache  # a few, and thousands of tensors that have them
+def _signature(
+    param: torch.dtype,
+    grad: torch.dtype,
+    exp_avg: torch.dtype,
+    exp_avg_sq: torch.dtype,
+    storage: Storage,
+    columns: bool,
+) -> t.Signature:
+    return t.Signature(
+        param=REALS.get(param, param),
+        grad=REALS.get(grad, grad),
+        exp_avg=REALS.get(exp_avg, exp_avg),
+        exp_avg_sq=REALS.get(exp_avg_sq, exp_avg_sq),
+        amsgrad=storage.amsgrad,
+        master=storage.master,
+        stochastic=storage.stochastic,
+        columns=columns,
     )

@@ -37,11 +37,11 @@ def local(x: Tensor) -> Tensor:
     return x._local_tensor if is_sharded(x) else x
 
 
-def local_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A parameter's state as it lies on this rank."""
     kind = _dtensor()
     if kind is None:
-        return dict(state)
+        return state
     return {key: x._local_tensor if isinstance(x, kind) else x for key, x in state.items()}
 
 

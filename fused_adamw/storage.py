@@ -112,6 +112,12 @@ class Storage(NamedTuple):
 
     @property
     @functools.cache  # noqa: B019 - as above
+    def payloads(self) -> tuple[str, ...]:
+        """Keys of the moments themselves, without their exponents."""
+        return tuple(keys_of(name, dtype)[0] for name, dtype in self.moments.items())
+
+    @property
+    @functools.cache  # noqa: B019 - as above
     def keys(self) -> tuple[str, ...]:
         """Keys of the state besides "step"."""
         keys = [k for name, dtype in self.moments.items() for k in keys_of(name, dtype)]

@@ -300,15 +300,15 @@ def test_captured_step_keeps_its_copies_alive(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replay writes and reads the gradient's copy, though the plan has long another one."""
-    p, other = (torch.nn.Parameter(torch.randn(4, 6, device=device)) for _ in range(2))
-    adamw = FusedAdamW([p, other], backend="triton")
-    p.grad = torch.randn(6, 4, device=device).t()  # of another layout: copied
+    p = torch.nn.Parameter(torch.randn(2, 3, 4, device=device))
+    adamw = FusedAdamW([p], backend="triton")
+    p.grad = torch.randn(4, 3, 2, device=device).permute(2, 1, 0)  # of another layout: copied
     adamw.step()
     with Recording(monkeypatch):
         adamw.step()
     assert adamw._plan is not None
     copy = weakref.ref(adamw._plan.copied[0].grad_copy)
-    other.grad = torch.randn_like(other)  # its first: a new plan, with copies of its own
+    p.grad = torch.randn(3, 2, 4, device=device).permute(1, 0, 2)  # a new plan, with its own copies
     adamw.step()
     assert adamw._plan.copied[0].grad_copy is not copy()
     assert copy() is not None
