@@ -37,6 +37,14 @@ def _sparse(optimizer: FusedAdamW, p: Tensor) -> None:
     p.grad = torch.ones_like(p, requires_grad=False).to_sparse()
 
 
+def _grad_dtype(dtype: torch.dtype) -> Callable[[FusedAdamW, Tensor], None]:
+    def bad(optimizer: FusedAdamW, p: Tensor) -> None:
+        p.grad = torch.ones_like(p, requires_grad=False)
+        p.grad.data = p.grad.data.to(dtype)  # torch lets no other dtype in
+
+    return bad
+
+
 def _state(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[FusedAdamW, Tensor], None]:
     def bad(optimizer: FusedAdamW, p: Tensor) -> None:
         optimizer.state[p][key] = change(optimizer.state[p][key])
@@ -80,6 +88,8 @@ STEP_ERRORS: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
     "sparse_grad": (_sparse, RuntimeError, "does not support sparse gradients, please consider S"),
     "expanded_param": (_add(_expanded), RuntimeError, "overlapping elements"),
     "grad_elsewhere": (_add(ElsewhereGrad), RuntimeError, "gradient is on meta"),
+    "complex_grad": (_grad_dtype(torch.complex64), TypeError, "gradient is torch.complex64"),
+    "int_grad": (_grad_dtype(torch.int32), TypeError, "gradient is torch.int32"),
     "int_param": (_add(_int), TypeError, "torch.int32"),
     "float8_param": (_add(_float8), TypeError, "torch.float8_e5m2"),
     # torch refuses it, too: an update of the stored elements would be that of the conjugates

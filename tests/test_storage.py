@@ -895,7 +895,8 @@ def test_dtypes_that_cannot_be_stored_so(
 ) -> None:
     good = Parameter(torch.ones(3, device=device))
     bad = Parameter(torch.ones(3, dtype=dtype, device=device))
-    optimizer = FusedAdamW([good, bad], backend=backend, **options)
+    # a group of its own, which has these options alone
+    optimizer = FusedAdamW([{"params": [good]}, {"params": [bad], **options}], backend=backend)
     good.grad, bad.grad = torch.ones_like(good), torch.ones_like(bad)
     with pytest.raises(TypeError, match=message):
         optimizer.step()
