@@ -102,6 +102,7 @@ def _block(
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
+    CAPPED: tl.constexpr,  # whether the registers are
     PREFETCH: tl.constexpr,  # whether to ask for what later programs read
     PREFETCH_ELEMENTS: tl.constexpr,  # elements, too, not only the words that lead to them
 ):
@@ -201,6 +202,9 @@ def _block(
     else:
         kept = p.to(PARAM)
         _store(p_at, kept, mask, STORE_CACHE, EVICTION)
+    if CAPPED and not ALIGNED:  # found anew: kept until here they would be spilled
+        m_exponents_at = _exponents_at(tensor, start, EXP_AVG_SCALE_AT, BLOCK)
+        v_exponents_at = _exponents_at(tensor, start, EXP_AVG_SQ_SCALE_AT, BLOCK)
     if EXP_AVG == tl.uint8:
         code, exponents = _encode_signed(m, TOGETHER)
         tl.store(m_exponents_at, exponents, mask=exponents_stored)
@@ -227,7 +231,8 @@ def _dispatch(
     tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
     SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
     ARITHMETIC: tl.constexpr, PTX: tl.constexpr, LOAD_CACHE: tl.constexpr,
-    STORE_CACHE: tl.constexpr, EVICTION: tl.constexpr, PREFETCH: tl.constexpr,
+    STORE_CACHE: tl.constexpr, EVICTION: tl.constexpr, CAPPED: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
     measures = tl.zeros([MEASURES], tl.float32)
@@ -258,7 +263,7 @@ def _dispatch(
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
                     STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, PTX, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    PREFETCH, SIGNATURES[i][8],
+                    CAPPED, PREFETCH, SIGNATURES[i][8],
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
@@ -266,7 +271,7 @@ def _dispatch(
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
                     STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, PTX, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    PREFETCH, SIGNATURES[i][8],
+                    CAPPED, PREFETCH, SIGNATURES[i][8],
                 )  # fmt: skip
     return measures
 
@@ -291,6 +296,7 @@ def _adamw(
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     EVICTION: tl.constexpr,
+    CAPPED: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     grads = words + n_groups * GROUP_WORDS
@@ -322,7 +328,7 @@ def _adamw(
             measures += _dispatch(
                 tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
                 SIGNATURES, STORE_GRAD, rows is not None, BLOCK, ARITHMETIC, PTX, LOAD_CACHE,
-                STORE_CACHE, EVICTION, PREFETCH,
+                STORE_CACHE, EVICTION, CAPPED, PREFETCH,
             )  # fmt: skip
         start += BLOCK
     if rows is not None:
@@ -432,6 +438,7 @@ def _arguments(table: t.Table, memory: t.Memory, rows: Tensor | None) -> tuple[o
 
 def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None) -> Call:
     tuned, device = table.parameters, memory.words.device
+    options = launch_options(table, device, store_grad, rows is not None)
     constants = {
         "SIGNATURES": constexpr_signatures(table.signatures),
         "STORE_GRAD": store_grad,
@@ -443,6 +450,7 @@ def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | Non
         "LOAD_CACHE": tuned.load_cache,
         "STORE_CACHE": tuned.store_cache,
         "EVICTION": tuned.eviction,
+        "CAPPED": "maxnreg" in options,
         "PREFETCH": _prefetches(table, device),
     }
-    return Call(constants, launch_options(table, device, store_grad, rows is not None))
+    return Call(constants, options)
