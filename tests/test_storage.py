@@ -1021,3 +1021,26 @@ def test_states_are_made_one_key_after_the_other(
     runs = [key for key, _ in itertools.groupby(keys)]
     assert len(runs) == len(set(runs)) == 8
     assert len(keys) == sum(len(s) - 1 for s in adamw.state.values())  # steps apart
+
+
+@each(
+    "options",
+    [{}, {"state_dtype": "int8"}, {"state_dtype": BF16}, {"master_weights": True}],
+    ids=str,
+)
+def test_planning_anew_leaves_states_as_they_are(
+    device: torch.device, backend: Any, options: dict[str, Any]
+) -> None:
+    """In every format and layout: what is as its group wants it is not made again."""
+    usual = [p for p in make(device, BF16) if in_8_bits(p)]
+    other_layout = Parameter(torch.randn(64, 5, 64, device=device, dtype=BF16).transpose(0, 1))
+    adamw = FusedAdamW([*usual, other_layout], amsgrad=True, backend=backend, **options)
+    params = adamw.param_groups[0]["params"]
+    backward(params, 3)
+    adamw.step()
+    before = {p: dict(adamw.state[p]) for p in params}
+    adamw.max_grad_norm = 1e9  # with a norm: another plan
+    adamw.step()
+    for p in params:
+        assert adamw.state[p].keys() == before[p].keys()
+        assert all(x is before[p][key] for key, x in adamw.state[p].items())
