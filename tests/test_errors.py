@@ -212,3 +212,14 @@ def test_running_out_of_memory_for_state_changes_nothing(
     assert not ours.state
     ours.step()
     assert float(ours.state[p]["step"]) == 1
+
+
+def test_messages_name_the_param_by_group_and_position(device: torch.device) -> None:
+    params = [Parameter(torch.ones(1, device=device)) for _ in range(3)]
+    adamw = FusedAdamW([{"params": params[:2]}, {"params": []}, {"params": params[2:]}])
+    assert [adamw._name_at(place) for place in range(3)] == [
+        "param_groups[0]['params'][0]",
+        "param_groups[0]['params'][1]",
+        "param_groups[2]['params'][0]",
+    ]
+    assert FusedAdamW([("head.bias", params[0])])._name_at(0) == "head.bias"
