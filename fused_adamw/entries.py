@@ -88,10 +88,10 @@ def make_entries(
     held: Mapping[int, Entry],
     meshes: Sequence[int] = (),
 ) -> Entries:
-    """Check the tensors of the step, then list those to update. Changes nothing.
+    """Check the tensors of the step that are not held, then list all to update. Changes nothing.
 
     `before`: the last entries, which know the layout of gradients that are away in this step.
-    `held`: those of them, by place, that are what they were: they need no other check.
+    `held`: those of them, by place, that are what they were.
     `meshes`: a number for each param, 0 where there are none.
     """
     known = {} if before is None else {e.place: (e.param, e.grad) for e in before.all}

@@ -52,6 +52,13 @@ class Described(NamedTuple):
         now = addresses, kinds, others, lazy
         return before if before is not None and now == before else cls(*now)
 
+    def without_memory(self) -> bool:
+        """Whether some tensor with elements has no address."""
+        _, numels, _ = self.kinds
+        return 0 in self.addresses and any(
+            numel and not address for address, numel in zip(self.addresses, numels, strict=True)
+        )
+
     def same_kinds(self, other: Described) -> bool:
         """Whether all but the addresses is equal."""
         return self[1:] == other[1:]

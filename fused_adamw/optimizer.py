@@ -420,7 +420,7 @@ class FusedAdamW(Optimizer):
             if followed is not None:
                 self._plan = followed[0]
                 return followed
-            held = planning.held(plan, members, self.state, grads_here)
+            held = planning.held_entries(plan, members, self.state, grads_here)
         grads = grads_here or [p.grad for p in members.params]
         meshes, numbers = norming.numbered(members.params, *norm_over)
         before = None if plan is None else plan.entries
@@ -446,7 +446,8 @@ class FusedAdamW(Optimizer):
             meshes,
             norm_over,
             self.backend,
-            before=plan if held else None,
+            before=plan,
+            held=held,
         )
         return self._plan, seen
 

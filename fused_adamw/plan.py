@@ -42,6 +42,7 @@ class Plan:
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
     by_device: dict[torch.device, tuple[Entry, ...]]
+    rows: Mapping[int, t.Row]  # of the tables, by place
     tables: dict[torch.device, t.Table]
     meshes: Mapping[Ranks, int]  # numbers of the sets of ranks that hold parts of gradients
     norm_over: tuple[bool, Any]  # for which they were made: with a norm or not, its group
@@ -62,11 +63,13 @@ def follow(
     return plan, seen
 
 
-def held(plan: Plan, members: Members, state: State, grads_here: Grads | None) -> dict[int, Entry]:
-    """Entries of a stale plan that hold all the same, by place.
+def held_entries(
+    plan: Plan, members: Members, state: State, grads_here: Grads | None
+) -> dict[int, Entry]:
+    """Entries of a stale plan that hold all the same, by place; none if more than gradients moved.
 
-    Where some param has its first gradient, or a gradient another layout, all others do: of 10,000
-    that makes planning anew twice as fast. None where params, states or options have changed.
+    Where some param has its first gradient, or a gradient another layout, all others do: experts
+    come alive one after the other, and to check and lay out all of them anew takes long.
     """
     found = _look_again(plan, members, state, grads_here)
     if found is None:
@@ -81,9 +84,11 @@ def _look_again(
     """A look that finds options, params and states of the plan as they were; None: it does not."""
     try:
         new, seen = look(members, plan.entries, state, grads_here, plan.pooled, plan.look)
-    except (KeyError, TypeError, RuntimeError, NotImplementedError):
+    except (KeyError, AttributeError, TypeError, RuntimeError, NotImplementedError):
         return None  # something is missing or has no address: the checks find the words for it
     if plan.gone or not new.same_tensors(plan.look):
+        return None
+    if new != plan.look and new.has_grads_elsewhere():
         return None
     return new, seen
 
@@ -110,29 +115,35 @@ def make_plan(
     norm_over: tuple[bool, Any],
     backend: str,
     before: Plan | None,
+    held: Collection[int],
 ) -> tuple[Plan, Seen]:
     """The plan for checked entries whose state is there.
 
-    before: the last plan, if some of its entries hold, so that all of its states are as they were.
+    before, held: the last plan, and the places of its entries that hold: their rows stay, too.
     """
     by_device: dict[torch.device, list[Entry]] = {}
     for e in entries.all:
         by_device.setdefault(e.local.device, []).append(e)
     no_groups = t.frozen(np.zeros(0, dtype=np.int64))  # each launch puts its own in
-    unknown = entries
-    if before is not None:
-        known = set(before.entries.places)
-        unknown = Entries.of([e for e in entries.all if e.place not in known])
-    states = states_of(unknown, state)
+    old_rows = {} if before is None else before.rows
+    rows = {
+        e.place: old_rows[e.place] if e.place in held else _row(e, local_state(state[e.param]))
+        for device in on_kernel
+        for e in by_device[device]
+    }
+    watched: list[weakref.ref[Any]] = []
+    gone: list[weakref.ref[Any]] = []
+    unwatched, pooled = entries, False
+    if before is not None and len(held) == len(before.entries.all):  # no state of theirs is new
+        unwatched = Entries.of([e for e in entries.all if e.place not in held])
+        watched, gone, pooled = before.states, before.gone, before.pooled
+    states = states_of(unwatched, state)
     storages = list(map(Tensor.untyped_storage, states))
-    gone: list[weakref.ref[Any]] = [] if before is None else before.gone
-    watched = [weakref.ref(x, gone.append) for x in (*states, *storages)]
-    pooled = any(
+    pooled |= any(
         x.dim() and x.nbytes != storage.nbytes()
         for x, storage in zip(states, storages, strict=True)
     )
-    if before is not None:
-        watched, pooled = before.states + watched, before.pooled or pooled
+    watched = watched + [weakref.ref(x, gone.append) for x in (*states, *storages)]
     new, seen = look(members, entries, state, grads_here, pooled)
     addresses = _addresses_by_place(new)
     copied = tuple(e for e in entries.all if e.dense is not None or e.grad_copy is not None)
@@ -146,9 +157,10 @@ def make_plan(
         entries=entries,
         copied=copied,
         by_device={device: tuple(own) for device, own in by_device.items()},
+        rows=rows,
         tables={
             device: t.build(
-                [_row(e, local_state(state[e.param])) for e in by_device[device]],
+                [rows[e.place] for e in by_device[device]],
                 _grad_column(by_device[device], addresses, bool(copied)),
                 no_groups,
                 len(members.counts),

@@ -66,7 +66,7 @@ def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) 
         s = local_state(state.get(e.param, {}))
         due.append(_Due(e, e.local if e.dense is None else e.dense, s, _lacking(e, s), {}))
     # One key after the other, as each step asks for them: what is made together lies together in
-    # the host's memory, and is found there in half the time once the caches hold something else.
+    # the host's memory, and is found there sooner once the caches hold something else.
     for key in dict.fromkeys(key for one in due for key in one.entry.storage.keys):
         for one in due:
             if key in one.lacking and key not in one.made:
@@ -82,15 +82,16 @@ def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) 
     unwanted = [storing.unwanted(one.entry.storage, one.state) for one in due]
     for one, keys in zip(due, unwanted, strict=True):
         if one.made:
-            state[one.entry.param].update(_in_order(one.made, one.entry.param))
+            state[one.entry.param].update(_in_order(one))
         for key in keys:
             del state[one.entry.param][key]
 
 
-def _in_order(new: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-    """The step first, as torch has it; what else there is, as the param is sharded."""
-    step = {"step": new["step"]} if "step" in new else {}
-    return step | {key: as_param(x, param) for key, x in new.items() if key != "step"}
+def _in_order(one: _Due) -> dict[str, Tensor]:
+    """What was made: the step first, as torch has it, and the rest as the param is sharded."""
+    step = {"step": one.made["step"]} if "step" in one.made else {}
+    keys = [key for key in one.entry.storage.keys if key in one.made]
+    return step | {key: as_param(one.made[key], one.entry.param) for key in keys}
 
 
 def pack_steps(

@@ -6,6 +6,7 @@ what goes stale and errors have files of their own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import warnings
@@ -35,6 +36,7 @@ from twins import (
 )
 
 from fused_adamw import FusedAdamW, look
+from fused_adamw.checks import refuse_overlaps
 
 each = pytest.mark.parametrize
 
@@ -303,17 +305,61 @@ def test_the_same_param_twice_is_refused_by_the_kernel(device: torch.device) -> 
     assert not optimizer.state
 
 
-def test_overlapping_params_are_refused_by_the_kernel(device: torch.device) -> None:
+@each("late", [False, True], ids=["at_once", "first_gradient"])
+def test_overlapping_params_are_refused_by_the_kernel(device: torch.device, late: bool) -> None:
     """Two Parameters that share one element of a buffer; the names are those that were given."""
     buffer = torch.ones(8, device=device)
     named = [("head.weight", Parameter(buffer[:5])), ("embed.weight", Parameter(buffer[4:]))]
-    optimizer = FusedAdamW(named, backend="triton")
-    for _, p in named:
-        p.grad = torch.ones_like(p, requires_grad=False)
+    optimizer = FusedAdamW(named, lr=0.0, backend="triton")
+    named[0][1].grad = torch.ones_like(buffer[:5])
+    if late:
+        optimizer.step()
+    named[1][1].grad = torch.ones_like(buffer[4:])
     with pytest.raises(ValueError, match=r"head\.weight.*embed\.weight"):
         optimizer.step()
     assert (buffer == 1).all()
-    assert not optimizer.state
+    assert len(optimizer.state) == late
+
+
+def test_overlapping_states_are_refused_by_the_kernel(device: torch.device) -> None:
+    params = [Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    optimizer = FusedAdamW(params, backend="triton")
+    step_all(optimizer)
+    pool = torch.zeros(6, device=device)
+    first, second = (optimizer.state[p] for p in params)
+    first["exp_avg"], second["exp_avg"] = pool[:3], pool[3:]  # side by side
+    step_all(optimizer)
+    second["exp_avg_sq"] = pool[2:5]
+    words = r"exp_avg of param_groups\[0\]\['params'\]\[0\] and exp_avg_sq of .*\[1\] overlap"
+    with pytest.raises(ValueError, match=words):
+        step_all(optimizer)
+
+
+@each(
+    ("spans", "message"),
+    [
+        ([(0, 8), (8, 8), (16, 0), (16, 4)], None),  # one behind the other
+        ([(16, 8), (20, 0), (0, 16)], None),  # without elements, within another
+        ([(16, 8), (20, 0), (0, 17)], "2 and 0 overlap"),
+        ([(9, 0), (0, 100), (50, 1), (60, 1)], "1 and 2 overlap"),  # the one within the other
+    ],
+    ids=str,
+)
+def test_overlaps(spans: list[tuple[int, int]], message: str | None) -> None:
+    """Addresses and sizes; a message of None: there is nothing to refuse."""
+    starts, sizes = zip(*spans, strict=True)
+    refused = pytest.raises(ValueError, match=message) if message else contextlib.nullcontext()
+    with refused:
+        refuse_overlaps(starts, sizes, str)
+
+
+def test_overlapping_stand_ins_are_no_params_that_overlap(device: torch.device) -> None:
+    """Every second element each: what the kernel updates are copies."""
+    buffer = torch.ones(8, device=device)
+    params = [Parameter(buffer[::2]), Parameter(buffer[1::2])]
+    optimizer = FusedAdamW(params, backend="triton")
+    step_all(optimizer)
+    assert (buffer != 1).all()
 
 
 def test_the_same_param_twice_is_updated_twice_by_the_reference() -> None:

@@ -37,6 +37,10 @@ def _sparse(optimizer: FusedAdamW, p: Tensor) -> None:
     p.grad = torch.ones_like(p, requires_grad=False).to_sparse()
 
 
+def _wrapped_grad(optimizer: FusedAdamW, p: Tensor) -> None:
+    p.grad = Wrapper(torch.ones_like(p, requires_grad=False))  # its address is 0
+
+
 def _grad_dtype(dtype: torch.dtype) -> Callable[[FusedAdamW, Tensor], None]:
     def bad(optimizer: FusedAdamW, p: Tensor) -> None:
         p.grad = torch.ones_like(p, requires_grad=False)
@@ -88,6 +92,7 @@ STEP_ERRORS: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
     "sparse_grad": (_sparse, RuntimeError, "does not support sparse gradients, please consider S"),
     "expanded_param": (_add(_expanded), RuntimeError, "overlapping elements"),
     "grad_elsewhere": (_add(ElsewhereGrad), RuntimeError, "gradient is on meta"),
+    "wrapped_grad": (_wrapped_grad, TypeError, "gradient has to be one as well"),
     "complex_grad": (_grad_dtype(torch.complex64), TypeError, "gradient is torch.complex64"),
     "int_grad": (_grad_dtype(torch.int32), TypeError, "gradient is torch.int32"),
     "int_param": (_add(_int), TypeError, "torch.int32"),

@@ -108,6 +108,33 @@ def test_stale_dtype_at_the_same_address(
     go_on_alike(ours, fresh, tolerance=0)
 
 
+def test_a_late_state_in_a_pool(device: torch.device, backend: str) -> None:
+    """A checkpoint's of a param without a gradient so far: its dtype is asked for from then on."""
+    p, late = (Parameter(torch.randn(9, device=device)) for _ in range(2))
+    ours = FusedAdamW([p, late], **OPTIONS, backend=backend)
+    step_all(ours, absent=1)
+    pool = torch.zeros(72, dtype=torch.uint8, device=device)
+    moment = pool[:36].view(torch.float32)
+    step = torch.zeros((), device=device)
+    ours.state[late] = {"step": step, "exp_avg": moment, "exp_avg_sq": torch.zeros_like(moment)}
+    assert ours._plan is not None
+    first = ours._plan.entries.all[0]
+    step_all(ours)
+    assert ours._plan.entries.all[0] is first
+    watched = ours._plan.states
+    step_all(ours)
+    assert ours._plan.states is watched, "or it is planned anew in each step"
+    narrow, behind = moment.to(torch.bfloat16), pool[18:]
+    moment.data = pool[:18].view(torch.bfloat16).copy_(narrow)
+    behind.fill_(1)
+    step_all(ours)
+    assert bool((behind == 1).all())
+    # a number beside it, which has no dtype
+    ours.state[p]["step"] = 5.0
+    step_all(ours)
+    assert float(ours.state[p]["step"]) == 6
+
+
 @each("late", [False, True], ids=["", "before_a_first_gradient"])
 def test_state_of_another_dtype_in_a_pool(device: torch.device, backend: str, late: bool) -> None:
     """The same address of memory that lives, half as much of it: what follows is another's."""
@@ -193,12 +220,13 @@ def test_a_plan_is_kept_while_only_gradients_move(device: torch.device, backend:
 def test_a_first_gradient_leaves_the_other_entries_as_they_are(
     device: torch.device, backend: str, also: Callable[[Tensor], Tensor] | None
 ) -> None:
-    """Only what has changed is checked anew: of 10,000 params, that takes half the time."""
+    """Only what has changed is checked anew, and an idle param has not."""
     ours, theirs = beside_torch(device, backend)
     step_all(ours, theirs, absent=1)
-    assert ours._plan is not None
-    first, last = ours._plan.entries.all
-    give_grads(ours, theirs)
+    before = ours._plan
+    assert before is not None
+    first, last = before.entries.all
+    give_grads(ours, theirs, absent=2)
     if also is not None:
         for optimizer in (ours, theirs):
             p = params_of(optimizer)[0]
@@ -207,11 +235,62 @@ def test_a_first_gradient_leaves_the_other_entries_as_they_are(
     for optimizer in (ours, theirs):
         optimizer.step()
     assert_same(ours, theirs)
-    now = ours._plan.entries.all
-    assert [e.place for e in now] == [0, 1, 2]
-    assert (now[0] is first) == (also is None)
-    assert now[2] is last
+    now = ours._plan
+    assert now is not None
+    assert [e.place for e in now.entries.all] == [0, 1, 2]
+    assert (now.entries.all[0] is first) == (also is None)
+    assert now.entries.all[2] is last
+    if before.rows:  # the reference has none
+        assert (now.rows[0] is before.rows[0]) == (also is None)
+        assert now.rows[2] is before.rows[2]
+    # each state and its storage are watched once, by the same references where none can be new
+    assert len(now.states) == 2 * 3 * 3
+    carried = [a is b for a, b in zip(now.states, before.states, strict=False)]
+    assert all(carried) if also is None else not any(carried)
     go_on_alike(ours, theirs)
+
+
+def test_a_first_gradient_finds_other_views_of_states_as_they_were_planned(
+    device: torch.device,
+) -> None:
+    """What a held state shows by now is not asked: it would be read past its end, as float32."""
+    p, twin, late = (Parameter(torch.ones(4, 6, device=device).bfloat16()) for _ in range(3))
+    ours = FusedAdamW([p, late], backend="triton")
+    other = FusedAdamW([twin], backend="triton")
+    step_all(ours, absent=1)
+    for x in (p, twin):
+        x.grad = torch.ones_like(x)
+    other.state = {twin: {key: x.clone() for key, x in ours.state[p].items()}}
+    moment = ours.state[p]["exp_avg"]
+    moment.data = moment.data.view(torch.float32)
+    late.grad = torch.ones_like(late)
+    for optimizer in (ours, other):
+        optimizer.step()
+    assert same_bits(moment.view(torch.bfloat16), other.state[twin]["exp_avg"])
+
+
+def test_a_state_made_anew_beside_a_first_gradient_is_watched(
+    device: torch.device, backend: str
+) -> None:
+    """Though its param was in the last plan; the old object lives on, and tells of nothing."""
+    ours, theirs, p, twin = squares(device, backend)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["params"].append(Parameter(torch.ones_like(p)))
+    step_all(ours, theirs, absent=1)
+    kept = ours.state[p]["exp_avg"]
+    kept.data = kept.data.t()  # not noticed as long as the plan holds
+    theirs.state[twin]["exp_avg"] = theirs.state[twin]["exp_avg"].t().contiguous()
+    give_grads(ours, theirs)
+    for x in (p, twin):
+        assert x.grad is not None
+        x.grad = x.grad.t().contiguous().t()
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert_same(ours, theirs)
+    assert ours.state[p]["exp_avg"] is not kept
+    assert ours._plan is not None
+    watched = [ref() for ref in ours._plan.states]
+    assert any(x is ours.state[p]["exp_avg"] for x in watched)
 
 
 def test_between_steps_gradients_and_states_are_the_users_alone(

@@ -1021,6 +1021,7 @@ def test_states_are_made_one_key_after_the_other(
     runs = [key for key, _ in itertools.groupby(keys)]
     assert len(runs) == len(set(runs)) == 8
     assert len(keys) == sum(len(s) - 1 for s in adamw.state.values())  # steps apart
+    assert all(next(iter(s)) == "step" for s in adamw.state.values())
 
 
 @each(
