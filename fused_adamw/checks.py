@@ -37,6 +37,12 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
         if isinstance(x, (str, bytes)):  # which float() would take
             raise TypeError(f"Invalid {what}: {x!r} (want a number)")
         if isinstance(x, Tensor):
+            replicated = is_sharded(x) and all(where.is_replicate() for where in x.placements)
+            if _keeps_memory_elsewhere(x) and not replicated:
+                raise TypeError(
+                    f"Invalid {what}: a {type(x).__name__} (want a number, a plain Tensor or a "
+                    "replicated DTensor)"
+                )
             if x.numel() != 1:
                 raise ValueError(f"Tensor {what} must be 1-element, but it has {x.numel()}")
             return float(x.detach()) if construct or x.device.type == "cpu" else None
@@ -62,9 +68,14 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
             raise ValueError(f"Invalid {words} value: {group[key]} (want a finite number >= 0)")
 
 
+def _keeps_memory_elsewhere(x: Tensor) -> bool:
+    """Whether x is of a subclass with a dispatch of its own: most of these have no address."""
+    return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def check_plain(name: str, param: Tensor) -> None:
     """Raise TypeError for a tensor subclass that keeps its memory elsewhere, unless a DTensor."""
-    if not is_sharded(param) and type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if _keeps_memory_elsewhere(param) and not is_sharded(param):
         raise TypeError(
             f"{name} is a {type(param).__name__}, a tensor subclass whose memory FusedAdamW does "
             "not know how to find. Pass plain tensors or DTensors, or optimize it with "
@@ -108,7 +119,7 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
             "FusedAdamW does not support sparse gradients, please consider SparseAdam instead "
             f"({name}.grad is {grad.layout})"
         )
-    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if _keeps_memory_elsewhere(grad):
         raise TypeError(
             f"{name}.grad is a {type(grad).__name__} while the param is a plain tensor; its "
             "gradient has to be one as well. Assign a plain tensor: a DTensor's to_local() or "
@@ -157,6 +168,7 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
         x = state.get(key)
         if x is None:
             continue
+        _check_plain_state(key, name, x)
         if x.device != param.device or (x.shape != param.shape and not key.endswith("_scale")):
             raise RuntimeError(
                 f"{key} of {name} is on {x.device} with shape {tuple(x.shape)} but the param is on "
@@ -188,10 +200,20 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
                 "again, as a whole."
             )
     step = state.get("step", 0)
+    if isinstance(step, Tensor):
+        _check_plain_state("step", name, step)
     if isinstance(step, Tensor) and (step.numel() != 1 or step.device.type == "meta"):
         raise RuntimeError(
             f"step of {name} is on {step.device} with shape {tuple(step.shape)}; it is the number "
             "of updates so far: a number, or a tensor of one element."
+        )
+
+
+def _check_plain_state(key: str, name: str, x: Tensor) -> None:
+    if _keeps_memory_elsewhere(x):
+        raise TypeError(
+            f"{key} of {name} is a {type(x).__name__}, a tensor subclass that keeps its memory "
+            "elsewhere. Assign a plain tensor, or for a DTensor param a DTensor."
         )
 
 

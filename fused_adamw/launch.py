@@ -16,6 +16,7 @@ from torch import Tensor
 from .kernels import table as t
 from .kernels.front import Front
 from .norm import Clipping
+from .shards import local
 
 MIN_TRITON = (3, 6)
 
@@ -164,6 +165,7 @@ def group_rows(
 
 def _scalar(x: Tensor, device: torch.device, alive: list[Tensor]) -> tuple[float, int, int]:
     """Value, address and dtype code of a hyper-parameter: one of the first two, the other 0."""
+    x = local(x)
     if x.device != device and x.device.type == "cpu":
         return float(x.detach()), 0, 0
     dtype = x.dtype if x.dtype in t.SCALAR_CODES else torch.float64

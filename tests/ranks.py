@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import multiprocessing
 import os
 import sys
@@ -427,6 +428,28 @@ def partial_gradients(scaled: bool) -> None:
         oracle.check(optimizer)
         if scaled:
             assert torch.equal(whole(p.grad), before), "gradients are left unscaled"
+
+
+def hypers_on_a_mesh(backend: str) -> None:
+    """lr and betas as replicated DTensors, which have no address; a partial sum is refused."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    everywhere = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Replicate()])
+    p = nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)]))
+    lr, beta1, beta2 = (everywhere(torch.tensor(x)) for x in (0.03, 0.8, 0.9))
+    optimizer = FusedAdamW([p], lr=lr, betas=(beta1, beta2), backend=backend)
+    twin = nn.Parameter(whole(p.detach()).clone())
+    theirs = torch.optim.AdamW([twin], lr=0.03, betas=(0.8, 0.9))
+    for _ in range(2):
+        twin.grad = torch.ones_like(twin)
+        p.grad = distribute_tensor(twin.grad, mesh, [Shard(0)])
+        optimizer.step()
+        theirs.step()
+        torch.testing.assert_close(whole(p.detach()), twin.detach())
+    partial = DTensor.from_local(torch.tensor(0.03), mesh, [Partial()])
+    optimizer.param_groups[0]["lr"] = partial
+    with pytest.raises(TypeError, match=r"Invalid lr: a DTensor .*replicated"):
+        optimizer.step()
+    torch.testing.assert_close(whole(p.detach()), twin.detach())
 
 
 def missing_on_one_rank() -> None:

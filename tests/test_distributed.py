@@ -38,6 +38,13 @@ def test_partial_gradients_are_summed_first(scaled: bool) -> None:
     on_ranks(2, ranks.partial_gradients, scaled)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_hyper_parameters_on_a_mesh(backend: str) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    on_ranks(2, ranks.hypers_on_a_mesh, backend)
+
+
 def test_gradient_missing_on_one_rank() -> None:
     on_ranks(2, ranks.missing_on_one_rank)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from truth import same_bits
 from twins import (
     Wrapper,
     assert_same,
@@ -68,6 +69,10 @@ def _add(make: Callable[[Tensor], Tensor]) -> Callable[..., None]:
     return bad
 
 
+def _wrapped_lr(optimizer: FusedAdamW, p: Tensor) -> None:
+    optimizer.param_groups[0]["lr"] = Wrapper(torch.ones((), device=p.device))
+
+
 def _hyper(**values: Any) -> Callable[[FusedAdamW, Tensor], None]:
     return lambda optimizer, p: optimizer.param_groups[0].update(values)
 
@@ -118,6 +123,7 @@ STEP_ERRORS: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
         r"not \['exp_avg'\]",
     ),
     "lr_text": (_hyper(lr="0.1"), TypeError, "Invalid lr: '0.1'"),
+    "lr_wrapped": (_wrapped_lr, TypeError, "Invalid lr: a Wrapper"),
     "lr_nan": (_hyper(lr=float("nan")), ValueError, "Invalid learning rate: nan"),
     "lr_inf": (_hyper(lr=float("inf")), ValueError, "Invalid learning rate: inf"),
     "betas": (_hyper(betas=(0.9, 1.0)), ValueError, "Invalid beta parameter at index 1"),
@@ -228,3 +234,23 @@ def test_messages_name_the_param_by_group_and_position(device: torch.device) -> 
         "param_groups[2]['params'][0]",
     ]
     assert FusedAdamW([("head.bias", params[0])])._name_at(0) == "head.bias"
+
+
+@each("key", ["exp_avg", "step"])
+def test_a_state_that_keeps_its_memory_elsewhere_is_refused(
+    device: torch.device, backend: str, key: str
+) -> None:
+    """A collective's result that nobody has waited for, say: its address is 0."""
+    ours, theirs = beside_torch(device, backend)
+    step_all(ours, theirs)
+    state = ours.state[params_of(ours)[1]]
+    plain, state[key] = state[key], Wrapper(state[key])
+    give_grads(ours, theirs)
+    before = [p.detach().clone() for p in params_of(ours)]
+    with pytest.raises(TypeError, match=f"{key} of .* is a Wrapper"):
+        ours.step()
+    assert all(map(same_bits, params_of(ours), before))
+    state[key] = plain
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert_same(ours, theirs)
