@@ -1045,3 +1045,12 @@ def test_planning_anew_leaves_states_as_they_are(
     for p in params:
         assert adamw.state[p].keys() == before[p].keys()
         assert all(x is before[p][key] for key, x in adamw.state[p].items())
+
+
+def test_a_group_may_have_one_option_alone(device: torch.device, backend: Any) -> None:
+    """What it leaves out is as by default: float64 params would refuse stochastic rounding here."""
+    p = Parameter(torch.ones(9, dtype=F64, device=device))
+    adamw = FusedAdamW([{"params": [p], "state_dtype": BF16}], backend=backend)
+    p.grad = torch.ones_like(p)
+    adamw.step()
+    assert {x.dtype for key, x in adamw.state[p].items() if key != "step"} == {BF16}
