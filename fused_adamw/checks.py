@@ -111,6 +111,12 @@ def check_tensors(name: str, param: Tensor, grad: Tensor | None, state: Mapping[
         _check_grad(name, param, grad)
     if state:
         check_state(name, param, state)
+    if grad is not None:  # without one nothing is read or written, wherever it is by now
+        _check_memory(name, param)
+        _check_memory(f"{name}.grad", grad)
+        for key in (*STORED, "step"):
+            if isinstance(state.get(key), Tensor):
+                _check_memory(f"{key} of {name}", state[key])
 
 
 def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
@@ -206,6 +212,19 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
         raise RuntimeError(
             f"step of {name} is on {step.device} with shape {tuple(step.shape)}; it is the number "
             "of updates so far: a number, or a tensor of one element."
+        )
+
+
+def is_freed(x: Tensor) -> bool:
+    """Whether x has elements but no memory."""
+    return x.numel() > 0 and x.data_ptr() == 0
+
+
+def _check_memory(what: str, x: Tensor) -> None:
+    if is_freed(x):
+        raise RuntimeError(
+            f"{what} has {x.numel()} elements but no memory: somebody has freed it, as trainers do "
+            "who offload (untyped_storage().resize_(0)). Bring it back before the step."
         )
 
 

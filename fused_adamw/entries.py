@@ -151,5 +151,5 @@ def refuse_shared_memory(
         whose += [e.name] * (1 + len(keys))
         for x in (e.local if e.dense is None else e.dense, *map(own.__getitem__, keys)):
             starts.append(x.data_ptr())
-            sizes.append(x.nbytes)
+            sizes.append(x.nbytes if starts[-1] else 0)  # freed while its param is idle
     refuse_overlaps(starts, sizes, lambda i: f"{what[i]} of {whose[i]}")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import is_freed
 from .entries import Entries, Entry, Grads, State
 from .kernels import table as t
 from .kernels.launch_parameters import architecture, launch_parameters
@@ -41,6 +42,7 @@ class Plan:
     versioned: list[bool]  # of the states; False: an earlier one's counter is its own, too
     entries: Entries
     copied: tuple[Entry, ...]  # those with a stand-in for param or gradient
+    freed: list[int]  # places of idle ones whose param, or some state, has no memory by now
     by_device: dict[torch.device, tuple[Entry, ...]]
     rows: Mapping[int, t.Row]  # of the tables, by place
     tables: dict[torch.device, t.Table]
@@ -89,6 +91,8 @@ def _look_again(
     if plan.gone or not new.same_tensors(plan.look):
         return None
     if new != plan.look and new.has_grads_elsewhere():
+        return None
+    if any(seen.grads[place] is not None for place in plan.freed):
         return None
     return new, seen
 
@@ -156,6 +160,7 @@ def make_plan(
         versioned=list(_first_of_their_base(seen.states)),
         entries=entries,
         copied=copied,
+        freed=[e.place for e in entries.all if seen.grads[e.place] is None and _freed(e, state)],
         by_device={device: tuple(own) for device, own in by_device.items()},
         rows=rows,
         tables={
@@ -173,6 +178,11 @@ def make_plan(
         backend=backend,
     )
     return plan, seen
+
+
+def _freed(e: Entry, state: State) -> bool:
+    own = local_state(state[e.param])
+    return any(map(is_freed, (e.local, *(own[key] for key in (*e.storage.keys, "step")))))
 
 
 def _first_of_their_base(states: Iterable[Tensor]) -> Iterator[bool]:

@@ -254,3 +254,37 @@ def test_a_state_that_keeps_its_memory_elsewhere_is_refused(
     for optimizer in (ours, theirs):
         optimizer.step()
     assert_same(ours, theirs)
+
+
+@each("what", ["param", "grad", "exp_avg", "step"])
+@each("late", [False, True], ids=["", "beside_a_first_gradient"])
+def test_freed_memory_is_refused(device: torch.device, backend: str, what: str, late: bool) -> None:
+    """As trainers free it who offload; the address is 0 then, and the numel what it was."""
+    params = [Parameter(torch.ones(64, device=device)) for _ in range(4)]
+    adamw = FusedAdamW(params, backend=backend)
+    step_all(adamw, absent=2)
+    params[3].grad = None
+    give_grads(adamw, absent=None if late else 2)
+    params[3].grad = None
+    freed = {"param": params[1], "grad": params[1].grad, **adamw.state[params[1]]}[what]
+    if what == "step":  # a part of a larger storage by now
+        adamw.state[params[1]]["step"] = freed = freed.clone()
+    storage = freed.untyped_storage()
+    kept, size = freed.detach().clone(), storage.nbytes()
+    before = [p.detach().clone() for p in (params[0], params[2])]
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match="elements but no memory"):
+        adamw.step()
+    assert all(map(same_bits, (params[0], params[2]), before))
+    if what != "grad":  # those that are idle may be elsewhere, until a gradient comes
+        grad, params[1].grad = params[1].grad, None
+        params[3].data.untyped_storage().resize_(0)
+        for _ in range(2):
+            adamw.step()
+        params[1].grad = grad
+        with pytest.raises(RuntimeError, match="elements but no memory"):
+            adamw.step()
+    storage.resize_(size)
+    freed.data.copy_(kept)
+    adamw.step()
+    assert float(adamw.state[params[1]]["step"]) == 2
