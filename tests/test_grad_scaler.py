@@ -165,3 +165,22 @@ def test_group_that_is_differentiable_leaves_unscaling_to_the_scaler(device: tor
     ours.found_inf = torch.tensor(1.0, device=device)  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="fused=False"):
         ours.step()
+
+
+@each("dtype", [torch.float64, torch.float16], ids=str)
+def test_a_scale_of_any_dtype(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+    """GradScaler's is float32; who sets the attributes by hand may have another."""
+    ours, theirs = beside_torch(device, backend)
+    give_grads(ours, theirs)
+    for p in params_of(ours):
+        assert p.grad is not None
+        p.grad *= 8
+    ours.grad_scale = torch.tensor(8.0, dtype=dtype, device=device)  # type: ignore[attr-defined]
+    ours.found_inf = torch.tensor(0.0, dtype=dtype, device=device)  # type: ignore[attr-defined]
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert_same(ours, theirs)
+    before = snapshot(ours)
+    ours.found_inf.fill_(1.0)  # type: ignore[attr-defined]
+    ours.step()
+    assert_unchanged(ours, before)
