@@ -129,7 +129,7 @@ def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         raise TypeError(
             f"{name}.grad is a {type(grad).__name__} while the param is a plain tensor; its "
             "gradient has to be one as well. Assign a plain tensor: a DTensor's to_local() or "
-            "full_tensor()."
+            "full_tensor(), an AsyncCollectiveTensor's wait()."
         )
     if grad.device != param.device or grad.shape != param.shape:
         raise RuntimeError(
