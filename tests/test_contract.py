@@ -530,6 +530,34 @@ def test_differentiable_is_torchs_own(decoupled: bool, amsgrad: bool) -> None:
     assert all(x.abs().max() > 0 for x in ours)
 
 
+@each("by_default", [False, True], ids=["group_alone", "by_default"])
+def test_a_graph_is_recorded_if_differentiable_is_the_default(
+    device: torch.device, backend: str, by_default: bool
+) -> None:
+    """As torch has it; beside a group that is not differentiable, and has none either way."""
+
+    def run(cls: Any, **options: Any) -> list[Tensor]:
+        torch.manual_seed(2)
+        recorded, other = (torch.randn(4, dtype=F64, device=device) for _ in range(2))
+        groups = [
+            {"params": [recorded], "differentiable": True},
+            {"params": [other.requires_grad_()], "differentiable": False},
+        ]
+        optimizer = cls(groups, differentiable=by_default, **options)
+        recorded.grad = torch.ones_like(recorded, requires_grad=True)
+        other.grad = torch.ones_like(other)
+        optimizer.step()
+        assert recorded.requires_grad == by_default
+        assert other.is_leaf
+        return [recorded, other]
+
+    if by_default:  # torch has one switch for all groups, and then refuses the other
+        run(FusedAdamW, backend=backend)
+        return
+    for a, b in zip(run(FusedAdamW, backend=backend), run(torch.optim.AdamW), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ------------------------------------------------------------------------- torch's global switches
 @each("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_default_dtype(device: torch.device, backend: str, dtype: torch.dtype) -> None:
