@@ -111,12 +111,8 @@ def check_tensors(name: str, param: Tensor, grad: Tensor | None, state: Mapping[
         _check_grad(name, param, grad)
     if state:
         check_state(name, param, state)
-    if grad is not None:  # without one nothing is read or written, wherever it is by now
-        _check_memory(name, param)
-        _check_memory(f"{name}.grad", grad)
-        for key in (*STORED, "step"):
-            if isinstance(state.get(key), Tensor):
-                _check_memory(f"{key} of {name}", state[key])
+    if grad is not None:  # without one nothing of it is read or written: it may be freed
+        check_memory(name, {"memory": param, "gradient": grad, **state})
 
 
 def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
@@ -216,16 +212,20 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def is_freed(x: Tensor) -> bool:
-    """Whether x has elements but no memory."""
-    return x.numel() > 0 and x.data_ptr() == 0
+    """Whether x has elements but no memory; a view's address is its offset then."""
+    return x.numel() > 0 and (x.data_ptr() == 0 or x.untyped_storage().data_ptr() == 0)
 
 
-def _check_memory(what: str, x: Tensor) -> None:
-    if is_freed(x):
-        raise RuntimeError(
-            f"{what} has {x.numel()} elements but no memory: somebody has freed it, as trainers do "
-            "who offload (untyped_storage().resize_(0)). Bring it back before the step."
-        )
+def check_memory(name: str, tensors: Mapping[str, Any]) -> None:
+    """Raise RuntimeError where a param, gradient or state, by what it is, is freed."""
+    for what in ("memory", "gradient", "step", *STORED):
+        x = tensors.get(what)
+        if isinstance(x, Tensor) and is_freed(x):
+            raise RuntimeError(
+                f"The {what} of {name} is not there: somebody has freed it, as trainers do who "
+                f"offload (untyped_storage().resize_(0)), and its {x.numel()} elements with it. "
+                "Bring it back first."
+            )
 
 
 def _check_plain_state(key: str, name: str, x: Tensor) -> None:

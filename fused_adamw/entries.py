@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import storage as storing
-from .checks import check_tensors, is_started, param_name, refuse_overlaps
+from .checks import check_tensors, is_freed, is_started, param_name, refuse_overlaps
 from .layouts import GradLayout, dense_copy, grad_layout, is_dense, same_strides
 from .shards import Place, local, local_state, place_of
 from .storage import Storage
@@ -125,8 +125,11 @@ def make_entries(
 
 
 def _with_copies(e: Entry) -> Entry:
-    # with its values: a master may be made of them
-    dense = None if is_dense(e.local) else dense_copy(e.local)
+    dense = None
+    if not is_dense(e.local) and is_freed(e.local):  # of an idle param
+        dense = torch.empty_like(e.local, memory_format=torch.preserve_format)
+    elif not is_dense(e.local):
+        dense = dense_copy(e.local)  # with its values: a master may be made of them
     like = e.local if dense is None else dense
     if e.grad.lazy or not same_strides(like.shape, e.grad.stride, like.stride()):
         copy = torch.empty_like(like, dtype=e.grad.dtype, memory_format=torch.preserve_format)
@@ -151,5 +154,5 @@ def refuse_shared_memory(
         whose += [e.name] * (1 + len(keys))
         for x in (e.local if e.dense is None else e.dense, *map(own.__getitem__, keys)):
             starts.append(x.data_ptr())
-            sizes.append(x.nbytes if starts[-1] else 0)  # freed while its param is idle
+            sizes.append(0 if is_freed(x) else x.nbytes)  # it may be while its param is idle
     refuse_overlaps(starts, sizes, lambda i: f"{what[i]} of {whose[i]}")

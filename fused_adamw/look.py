@@ -69,10 +69,6 @@ class Look(NamedTuple):
         """Whether groups, params and states are the same; gradients may have moved."""
         return self[:4] == other[:4]
 
-    def has_grads_elsewhere(self) -> bool:
-        """Whether some gradient with elements has no memory: a subclass that keeps it elsewhere."""
-        return any(map(Described.without_memory, self.grads))
-
     def same_kinds_of_grads(self, other: Look) -> bool:
         """Whether the same params have gradients, which are the same but for their addresses."""
         return self.present == other.present and all(

@@ -20,7 +20,7 @@ from . import reference
 from . import state as stating
 from . import storage as storing
 from . import telemetry as measuring
-from .checks import check_hypers, check_plain, param_name
+from .checks import check_hypers, check_memory, check_plain, param_name
 from .entries import Entry, Grads, flat, make_entries, refuse_shared_memory
 from .kernels import table as t
 from .launch import Asked, GroupRows, Launcher, group_rows, is_capturing
@@ -28,7 +28,7 @@ from .layouts import overlaps_itself
 from .look import Members, Seen
 from .norm import check_clipping
 from .plan import Plan
-from .shards import LocalGrads, as_param, local, local_grads
+from .shards import LocalGrads, as_param, local, local_grads, local_state
 from .storage import StateDtype
 from .telemetry import Measures, Telemetry
 from .unfused import run_differentiable, run_reference
@@ -595,8 +595,10 @@ class FusedAdamW(Optimizer):
         bfloat16 place: its old remainder still counts. Call it after ``model.load_state_dict`` or
         any other change of weights by hand. Nothing waits for the device.
         """
-        for p in flat(self.param_groups):
+        for place, p in enumerate(flat(self.param_groups)):
             state = self.state.get(p, {})
+            if not state.keys().isdisjoint((storing.REMAINDER, storing.MASTER)):
+                check_memory(self._name_at(place), {"memory": local(p), **local_state(state)})
             if storing.REMAINDER in state:
                 state[storing.REMAINDER].zero_()
             if storing.MASTER in state:

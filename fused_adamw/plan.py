@@ -21,7 +21,7 @@ from .checks import is_freed
 from .entries import Entries, Entry, Grads, State
 from .kernels import table as t
 from .kernels.launch_parameters import architecture, launch_parameters
-from .layouts import REALS, GradLayout, grad_layout
+from .layouts import REALS, Described, GradLayout, grad_layout
 from .look import Look, Members, Seen, for_each_state, look, states_of
 from .norm import Ranks
 from .shards import local, local_state
@@ -90,8 +90,9 @@ def _look_again(
         return None  # something is missing or has no address: the checks find the words for it
     if plan.gone or not new.same_tensors(plan.look):
         return None
-    if new != plan.look and new.has_grads_elsewhere():
-        return None
+    if new != plan.look and any(map(Described.may_lack_memory, new.grads)):  # noqa: SIM102
+        if any(grad is not None and is_freed(grad) for grad in seen.grads):
+            return None
     if any(seen.grads[place] is not None for place in plan.freed):
         return None
     return new, seen

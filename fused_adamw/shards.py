@@ -172,7 +172,7 @@ def replicated(x: Tensor, param: DTensor) -> DTensor:
 def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
     """Part of a loaded state that lies on this rank, from a DTensor in any layout or the whole."""
     if not is_sharded(param) or (not is_sharded(x) and x.shape != param.shape):
-        return local(x)  # what does not fit is refused by its shape
+        return local_now(x)  # what does not fit is refused by its shape
     if not is_sharded(x):
         x = replicated(x, param)
     if is_sharded(x) and x.placements != param.placements:

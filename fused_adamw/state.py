@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import storage as storing
-from .checks import MOMENTS, STORED, check_state, param_name
+from .checks import MOMENTS, STORED, check_memory, check_state, param_name
 from .layouts import FLOATS, dense_copy, is_dense
 from .shards import (
     as_param,
@@ -65,6 +65,8 @@ def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) 
     for e in entries:
         s = local_state(state.get(e.param, {}))
         due.append(_Due(e, e.local if e.dense is None else e.dense, s, _lacking(e, s), {}))
+        if due[-1].lacking:  # of an idle param, too, where another option of its group wants it
+            check_memory(e.name, {"memory": e.local, **s})
     # One key after the other, as each step asks for them: what is made together lies together in
     # the host's memory, and is found there sooner once the caches hold something else.
     for key in dict.fromkeys(key for one in due for key in one.entry.storage.keys):
@@ -166,6 +168,7 @@ def own_state(
                 storage = storage._replace(amsgrad=True)
             given = _loaded(storage, state[p], p)
             check_state(name, local(p), given)
+            check_memory(name, given)
             own[p] = _own(storage, given, p)
             if "step" in given:
                 steps.setdefault(local(p).device, []).append((own[p], given["step"]))
@@ -191,6 +194,8 @@ def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -
                 continue
             found[name] = as_param(storing.decode(name, local_now(code), local_now(scale)), code)
             del found[f"{name}_q"], found[f"{name}_scale"]
+    if "step" in found:
+        found["step"] = local_now(found["step"])
     for key in STORED:  # in one order on all ranks: laying out anew is a collective
         if key not in found:
             continue

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
@@ -450,6 +451,24 @@ def hypers_on_a_mesh(backend: str) -> None:
     with pytest.raises(TypeError, match=r"Invalid lr: a DTensor .*replicated"):
         optimizer.step()
     torch.testing.assert_close(whole(p.detach()), twin.detach())
+
+
+def load_what_is_on_a_mesh() -> None:
+    """A checkpoint whose step is a replicated DTensor, and a moment a collective's result."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    pair = FusedAdamW(params[:1], **OPTIONS), torch.optim.AdamW(params[1:], **OPTIONS)
+    for optimizer, p in zip(pair, params, strict=True):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+        state = saved["state"][0]
+        state["step"] = distribute_tensor(state["step"], mesh, [Replicate()])
+        state["exp_avg"] = all_reduce(state["exp_avg"], "avg", dist.group.WORLD)
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+    torch.testing.assert_close(*params)
+    assert float(pair[0].state[params[0]]["step"]) == 2
 
 
 def missing_on_one_rank() -> None:

@@ -45,6 +45,10 @@ def test_hyper_parameters_on_a_mesh(backend: str) -> None:
     on_ranks(2, ranks.hypers_on_a_mesh, backend)
 
 
+def test_load_what_is_on_a_mesh() -> None:
+    on_ranks(2, ranks.load_what_is_on_a_mesh)
+
+
 def test_gradient_missing_on_one_rank() -> None:
     on_ranks(2, ranks.missing_on_one_rank)
 

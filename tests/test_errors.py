@@ -256,24 +256,38 @@ def test_a_state_that_keeps_its_memory_elsewhere_is_refused(
     assert_same(ours, theirs)
 
 
+FREED = r"somebody has freed it"
+
+
+@each("part", [False, True], ids=["whole", "view"])
 @each("what", ["param", "grad", "exp_avg", "step"])
 @each("late", [False, True], ids=["", "beside_a_first_gradient"])
-def test_freed_memory_is_refused(device: torch.device, backend: str, what: str, late: bool) -> None:
-    """As trainers free it who offload; the address is 0 then, and the numel what it was."""
-    params = [Parameter(torch.ones(64, device=device)) for _ in range(4)]
+def test_freed_memory_is_refused(
+    device: torch.device, backend: str, what: str, late: bool, part: bool
+) -> None:
+    """As trainers free it who offload; the address is 0 then, of a view its offset."""
+    skip = 64 if part else 0
+    params = [Parameter(torch.ones(64 + skip, device=device)[skip:]) for _ in range(4)]
     adamw = FusedAdamW(params, backend=backend)
-    step_all(adamw, absent=2)
-    params[3].grad = None
-    give_grads(adamw, absent=None if late else 2)
-    params[3].grad = None
-    freed = {"param": params[1], "grad": params[1].grad, **adamw.state[params[1]]}[what]
-    if what == "step":  # a part of a larger storage by now
-        adamw.state[params[1]]["step"] = freed = freed.clone()
+
+    def give(absent: int | None) -> None:
+        for i, p in enumerate(params):
+            g = None if i in (3, absent) else torch.ones(64 + skip, device=device)[skip:]
+            p.grad = g
+
+    give(2)
+    adamw.step()
+    state = adamw.state[params[1]]
+    state["step"] = torch.ones(1 + skip, device=device)[skip]  # not a part of what others have
+    state["exp_avg"] = torch.ones(64 + skip, device=device)[skip:]
+    adamw.step()
+    give(None if late else 2)
+    freed = {"param": params[1], "grad": params[1].grad, **state}[what]
     storage = freed.untyped_storage()
     kept, size = freed.detach().clone(), storage.nbytes()
     before = [p.detach().clone() for p in (params[0], params[2])]
     storage.resize_(0)
-    with pytest.raises(RuntimeError, match="elements but no memory"):
+    with pytest.raises(RuntimeError, match=FREED):
         adamw.step()
     assert all(map(same_bits, (params[0], params[2]), before))
     if what != "grad":  # those that are idle may be elsewhere, until a gradient comes
@@ -282,9 +296,58 @@ def test_freed_memory_is_refused(device: torch.device, backend: str, what: str, 
         for _ in range(2):
             adamw.step()
         params[1].grad = grad
-        with pytest.raises(RuntimeError, match="elements but no memory"):
+        with pytest.raises(RuntimeError, match=FREED):
             adamw.step()
     storage.resize_(size)
     freed.data.copy_(kept)
     adamw.step()
-    assert float(adamw.state[params[1]]["step"]) == 2
+    assert float(state["step"]) == 3
+
+
+def test_steps_that_are_freed_with_one_of_them_are_refused(
+    device: torch.device, backend: str
+) -> None:
+    """As first made they are views of one tensor."""
+    ours, _ = beside_torch(device, backend)
+    step_all(ours)
+    ours.state[params_of(ours)[1]]["step"].untyped_storage().resize_(0)
+    give_grads(ours)
+    with pytest.raises(RuntimeError, match="step of .*" + FREED):
+        ours.step()
+
+
+def test_what_is_idle_and_freed_is_not_read(device: torch.device, backend: str) -> None:
+    """A param with gaps, which has a stand-in, and two parts of one buffer."""
+    buffer = torch.ones(64, 128, device=device)
+    params = [Parameter(x) for x in (buffer[:, :64], buffer[:32, 64:], torch.ones(64, 64))]
+    params[2].data = params[2].data.to(device)
+    adamw = FusedAdamW(params, backend=backend)
+    step_all(adamw)
+    params[0].grad = params[1].grad = None
+    kept = buffer.clone()
+    buffer.untyped_storage().resize_(0)
+    adamw.step()
+    moment = adamw.state[params[0]]["exp_avg"]
+    moment.untyped_storage().resize_(0)
+    adamw.step()
+    with pytest.raises(RuntimeError, match="exp_avg of .*" + FREED):
+        adamw.load_state_dict(adamw.state_dict())
+    adamw.param_groups[0]["state_dtype"] = torch.bfloat16
+    with pytest.raises(RuntimeError, match=FREED):
+        adamw.step()
+    del adamw.param_groups[0]["state_dtype"]
+    buffer.untyped_storage().resize_(kept.nbytes)
+    buffer.copy_(kept)
+    moment.untyped_storage().resize_(moment.nbytes)
+    moment.zero_()
+    step_all(adamw)
+    assert [float(adamw.state[p]["step"]) for p in params] == [2, 2, 4]
+
+
+def test_masters_are_not_synced_with_freed_params(device: torch.device) -> None:
+    p = Parameter(torch.ones(64, device=device).bfloat16())
+    adamw = FusedAdamW([p], master_weights=True)
+    step_all(adamw)
+    p.data.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory of .*" + FREED):
+        adamw.resync_master_weights()
