@@ -317,15 +317,17 @@ def test_steps_that_are_freed_with_one_of_them_are_refused(
 
 
 def test_what_is_idle_and_freed_is_not_read(device: torch.device, backend: str) -> None:
-    """A param with gaps, which has a stand-in, and two parts of one buffer."""
-    buffer = torch.ones(64, 128, device=device)
-    params = [Parameter(x) for x in (buffer[:, :64], buffer[:32, 64:], torch.ones(64, 64))]
-    params[2].data = params[2].data.to(device)
+    """Params with gaps, which have stand-ins, and parts of buffers, at one address by then."""
+    matrix, *flat = (torch.ones(*shape, device=device) for shape in ((64, 128), (128,), (128,)))
+    views = matrix[:, :64], matrix[:32, 64:], *(x[64:] for x in flat), torch.ones_like(matrix)
+    params = [Parameter(x) for x in views]
     adamw = FusedAdamW(params, backend=backend)
     step_all(adamw)
-    params[0].grad = params[1].grad = None
-    kept = buffer.clone()
-    buffer.untyped_storage().resize_(0)
+    for p in params[:-1]:
+        p.grad = None
+    kept = [x.clone() for x in (matrix, *flat)]
+    for x in (matrix, *flat):
+        x.untyped_storage().resize_(0)
     adamw.step()
     moment = adamw.state[params[0]]["exp_avg"]
     moment.untyped_storage().resize_(0)
@@ -336,12 +338,13 @@ def test_what_is_idle_and_freed_is_not_read(device: torch.device, backend: str) 
     with pytest.raises(RuntimeError, match=FREED):
         adamw.step()
     del adamw.param_groups[0]["state_dtype"]
-    buffer.untyped_storage().resize_(kept.nbytes)
-    buffer.copy_(kept)
+    for x, old in zip((matrix, *flat), kept, strict=True):
+        x.untyped_storage().resize_(old.nbytes)
+        x.copy_(old)
     moment.untyped_storage().resize_(moment.nbytes)
     moment.zero_()
     step_all(adamw)
-    assert [float(adamw.state[p]["step"]) for p in params] == [2, 2, 4]
+    assert [float(adamw.state[p]["step"]) for p in params] == [2, 2, 2, 2, 4]
 
 
 def test_masters_are_not_synced_with_freed_params(device: torch.device) -> None:
