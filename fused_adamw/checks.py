@@ -204,11 +204,11 @@ def check_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
     step = state.get("step", 0)
     if isinstance(step, Tensor):
         _check_plain_state("step", name, step)
-    if isinstance(step, Tensor) and (step.numel() != 1 or step.device.type == "meta"):
-        raise RuntimeError(
-            f"step of {name} is on {step.device} with shape {tuple(step.shape)}; it is the number "
-            "of updates so far: a number, or a tensor of one element."
-        )
+        if step.numel() != 1 or step.device.type == "meta":
+            raise RuntimeError(
+                f"step of {name} is on {step.device} with shape {tuple(step.shape)}; it is the "
+                "number of updates so far: a number, or a tensor of one element."
+            )
 
 
 def is_freed(x: Tensor) -> bool:

@@ -125,10 +125,11 @@ def make_entries(
 
 
 def _with_copies(e: Entry) -> Entry:
-    dense = None
-    if not is_dense(e.local) and is_freed(e.local):  # of an idle param
+    if is_dense(e.local):
+        dense = None
+    elif is_freed(e.local):  # of an idle param
         dense = torch.empty_like(e.local, memory_format=torch.preserve_format)
-    elif not is_dense(e.local):
+    else:
         dense = dense_copy(e.local)  # with its values: a master may be made of them
     like = e.local if dense is None else dense
     if e.grad.lazy or not same_strides(like.shape, e.grad.stride, like.stride()):

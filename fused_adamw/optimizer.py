@@ -416,27 +416,30 @@ class FusedAdamW(Optimizer):
         grads_here = None if here is None else here.grads
         held: Mapping[int, Entry] = {}
         if plan is not None and plan.norm_over == norm_over and plan.backend == self.backend:
-            followed = planning.follow(plan, members, self.state, grads_here)
-            if followed is not None:
-                self._plan = followed[0]
-                return followed
-            held = planning.held_entries(plan, members, self.state, grads_here)
+            found = planning.look_again(plan, members, self.state, grads_here)
+            if found is not None:
+                new, seen = found
+                followed = planning.follow(plan, new, seen.grads)
+                if followed is not None:
+                    self._plan = followed
+                    return followed, seen
+                held = planning.held_entries(plan, seen.grads)
         grads = grads_here or [p.grad for p in members.params]
         meshes, numbers = norming.numbered(members.params, *norm_over)
         before = None if plan is None else plan.entries
         entries = make_entries(groups, grads, self.state, before, held, numbers)
-        new = [e for e in entries.all if e.place not in held]
+        checked = [e for e in entries.all if e.place not in held]
         devices = {e.local.device for e in entries.all}
         on_kernel = {device for device in devices if self._has_kernel(device)}
         for device in on_kernel - self._launchers.keys():
             self._launchers[device] = Launcher(device)
         refuse_shared_memory(entries.all, on_kernel, self.state)
-        if stating.lacks_state(new, self.state) and any(map(is_capturing, devices)):
+        if stating.lacks_state(checked, self.state) and any(map(is_capturing, devices)):
             raise RuntimeError(
                 "FusedAdamW.step() cannot be captured in a CUDA graph before its state exists. Run "
                 "at least one step() outside the capture, with gradients for the same parameters."
             )
-        stating.init_state(new, self.state, step_dtype())
+        stating.init_state(checked, self.state, step_dtype())
         self._plan, seen = planning.make_plan(
             members,
             entries,

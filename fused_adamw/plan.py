@@ -51,36 +51,7 @@ class Plan:
     backend: str  # for which the tables were made
 
 
-def follow(
-    plan: Plan, members: Members, state: State, grads_here: Grads | None = None
-) -> tuple[Plan, Seen] | None:
-    """The plan as it is, or with gradients elsewhere; None where it is stale."""
-    found = _look_again(plan, members, state, grads_here)
-    if found is None:
-        return None
-    new, seen = found
-    if new != plan.look:
-        moved = move_grads(plan, new, seen.grads)
-        return None if moved is None else (moved, seen)
-    return plan, seen
-
-
-def held_entries(
-    plan: Plan, members: Members, state: State, grads_here: Grads | None
-) -> dict[int, Entry]:
-    """Entries of a stale plan that hold all the same, by place; none if more than gradients moved.
-
-    Where some param has its first gradient, or a gradient another layout, all others do: experts
-    come alive one after the other, and to check and lay out all of them anew takes long.
-    """
-    found = _look_again(plan, members, state, grads_here)
-    if found is None:
-        return {}
-    own = ((e, found[1].grads[e.place]) for e in plan.entries.all)
-    return {e.place: e for e, grad in own if grad is None or grad_layout(grad) == e.grad}
-
-
-def _look_again(
+def look_again(
     plan: Plan, members: Members, state: State, grads_here: Grads | None
 ) -> tuple[Look, Seen] | None:
     """A look that finds options, params and states of the plan as they were; None: it does not."""
@@ -90,12 +61,50 @@ def _look_again(
         return None  # something is missing or has no address: the checks find the words for it
     if plan.gone or not new.same_tensors(plan.look):
         return None
-    if new != plan.look and any(map(Described.may_lack_memory, new.grads)):  # noqa: SIM102
-        if any(grad is not None and is_freed(grad) for grad in seen.grads):
-            return None
+    if (
+        new != plan.look
+        and any(map(Described.may_lack_memory, new.grads))
+        and any(grad is not None and is_freed(grad) for grad in seen.grads)
+    ):
+        return None
     if any(seen.grads[place] is not None for place in plan.freed):
         return None
     return new, seen
+
+
+def follow(plan: Plan, new: Look, grads: Grads) -> Plan | None:
+    """The plan as it is, or with gradients elsewhere; None where more of them has changed.
+
+    new, grads: what `look_again` has found.
+    """
+    if new == plan.look:
+        return plan
+    if new.present != plan.look.present:
+        # experts idle in some steps: what comes back must be as it was
+        if not _are_as_known(plan.entries, grads, new):
+            return None
+    elif not new.same_kinds_of_grads(plan.look):
+        return None
+    addresses = _addresses_by_place(new)
+    tables = {
+        device: dataclasses.replace(
+            table, grads=_grad_column(plan.by_device[device], addresses, bool(plan.copied))
+        )
+        for device, table in plan.tables.items()
+    }
+    return dataclasses.replace(plan, look=new, tables=tables)
+
+
+def held_entries(plan: Plan, grads: Grads) -> dict[int, Entry]:
+    """Entries that hold all the same, by place, where gradients have changed that `follow` cannot.
+
+    Where some param has its first gradient, or a gradient another layout, all others do: experts
+    come alive one after the other, and to check and lay out all of them anew takes long.
+
+    grads: what `look_again` has found.
+    """
+    own = ((e, grads[e.place]) for e in plan.entries.all)
+    return {e.place: e for e, grad in own if grad is None or grad_layout(grad) == e.grad}
 
 
 def written_by(plan: Plan, seen: Seen) -> list[Tensor]:
@@ -192,24 +201,6 @@ def _first_of_their_base(states: Iterable[Tensor]) -> Iterator[bool]:
         base = x if x._base is None else x._base
         yield id(base) not in bases
         bases[id(base)] = base  # alive, so that nobody else gets its id
-
-
-def move_grads(plan: Plan, new: Look, grads: Sequence[Tensor | None]) -> Plan | None:
-    """The plan with gradients elsewhere, or None where more than their addresses has changed."""
-    if new.present != plan.look.present:
-        # experts idle in some steps: what comes back must be as it was
-        if not _are_as_known(plan.entries, grads, new):
-            return None
-    elif not new.same_kinds_of_grads(plan.look):
-        return None
-    addresses = _addresses_by_place(new)
-    tables = {
-        device: dataclasses.replace(
-            table, grads=_grad_column(plan.by_device[device], addresses, bool(plan.copied))
-        )
-        for device, table in plan.tables.items()
-    }
-    return dataclasses.replace(plan, look=new, tables=tables)
 
 
 def _are_as_known(entries: Entries, grads: Sequence[Tensor | None], new: Look) -> bool:

@@ -64,9 +64,10 @@ def init_state(entries: Iterable[Entry], state: State, step_dtype: torch.dtype) 
     due: list[_Due] = []
     for e in entries:
         s = local_state(state.get(e.param, {}))
-        due.append(_Due(e, e.local if e.dense is None else e.dense, s, _lacking(e, s), {}))
-        if due[-1].lacking:  # of an idle param, too, where another option of its group wants it
+        lacking = _lacking(e, s)
+        if lacking:  # of an idle param, too, where another option of its group wants it
             check_memory(e.name, {"memory": e.local, **s})
+        due.append(_Due(e, e.local if e.dense is None else e.dense, s, lacking, {}))
     # One key after the other, as each step asks for them: what is made together lies together in
     # the host's memory, and is found there sooner once the caches hold something else.
     for key in dict.fromkeys(key for one in due for key in one.entry.storage.keys):

@@ -72,6 +72,12 @@ def on_ranks(world: int, scenario: Callable[..., None], *arguments: object) -> N
             raise
 
 
+def need_interpreter(backend: str) -> None:
+    """Skip a test whose ranks would run the kernels as compiled: theirs are CPU tensors."""
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+
+
 def in_turn(scenarios: Sequence[tuple[Any, ...]]) -> None:
     """Several scenarios, each with its arguments, by the same processes."""
     for scenario, *arguments in scenarios:

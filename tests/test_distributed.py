@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from ranks import on_ranks
+from ranks import need_interpreter, on_ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_fsdp2(backend: str) -> None:
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    need_interpreter(backend)
     on_ranks(2, ranks.train_fsdp, (), backend)
 
 
@@ -40,8 +39,7 @@ def test_partial_gradients_are_summed_first(scaled: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_hyper_parameters_on_a_mesh(backend: str) -> None:
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    need_interpreter(backend)
     on_ranks(2, ranks.hypers_on_a_mesh, backend)
 
 
@@ -88,8 +86,7 @@ def test_fsdp1() -> None:
     ids=str,
 )
 def test_clipping_under_fsdp2(world: int, shape: tuple[int, ...], backend: str) -> None:
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    need_interpreter(backend)
     on_ranks(world, ranks.clip_across_ranks, shape, backend)
 
 
@@ -115,8 +112,7 @@ def test_norm_with_nothing_to_update_on_one_rank() -> None:
     ids=str,
 )
 def test_metrics_under_fsdp2(world: int, shape: tuple[int, ...], backend: str) -> None:
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    need_interpreter(backend)
     on_ranks(world, ranks.measure_across_ranks, shape, backend)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ranks_release
 import torch
-from ranks import on_ranks
+from ranks import need_interpreter, on_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from truth import same_bits
@@ -678,8 +678,7 @@ def test_a_backward_that_raises_half_way(device: torch.device, backend: Any) -> 
 @needs_gloo
 @each("backend", ["reference", "triton"])
 def test_fsdp2(backend: str) -> None:
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    need_interpreter(backend)
     on_ranks(2, ranks_release.train_fsdp, (), backend)
 
 

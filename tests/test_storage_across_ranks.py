@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ranks_storage
 import torch
-from ranks import in_turn, on_ranks
+from ranks import in_turn, need_interpreter, on_ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -31,8 +31,7 @@ INTERPRETED = () if torch.cuda.is_available() else ("triton",)
     ids=str,
 )
 def test_sharded_as_whole(options: dict[str, Any], shape: tuple[int, ...], backend: str) -> None:
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors run on the kernels under the interpreter alone")
+    need_interpreter(backend)
     on_ranks(4, ranks_storage.sharded_as_whole, options, shape, backend)
 
 
