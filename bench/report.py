@@ -1,9 +1,10 @@
-"""Write README's result table from what bench/step.py measured: no figure is typed by hand.
+"""Write the tables of results from what bench/step.py measured: no figure is typed by hand.
 
     python bench/report.py                                  # of all bench/results/*/step.json
-    python bench/report.py bench/results/h200/step.json     # of this one
     python bench/report.py out/step/step.json --cpu --readme out/cpu.md
 
+Each bench/results/*/README.md has its own run, and README that of the card with the fastest memory,
+with a line for each of the others; the second command writes the runs that are named into one file.
 Without any results README says that no GPU has run this yet. A CPU's run is refused unless asked
 for, and then called one.
 """
@@ -218,26 +219,56 @@ def _notes(numbers: dict[str, Any], most: float, lines: Sequence[dict[str, Any]]
         yield f"Not timed: {'; '.join(failed)}."
 
 
-def block(paths: Sequence[Path], cpu: bool = False) -> str:
-    """What README says of these runs. ValueError as `load`."""
-    return "\n\n".join(render(load(path, cpu)) for path in paths) or NO_GPU
+def block(runs: Sequence[dict[str, Any]]) -> str:
+    """What a file says of these runs."""
+    return "\n\n".join(map(render, runs)) or NO_GPU
+
+
+def _summary(numbers: dict[str, Any], folder: Path) -> str:
+    """A line of a run that is told elsewhere."""
+    facts, means = numbers["machine"], numbers["geometric_means"]
+    found = "; ".join(
+        f"{number(means[provider]['gpu'])} times as fast{kind} ({number(means[provider]['wall'])} "
+        "from idle)"
+        for provider, kind in ((OURS, ""), (OURS + CLIP, ", clipped"))
+        if "gpu" in means.get(provider, {})
+    )
+    link = f"[{facts['device']}]({folder.relative_to(ROOT).as_posix()}/README.md)"
+    return f"Also measured: {link}, commit `{facts['commit']}`, geometric means {found}."
+
+
+def blocks_by_file() -> dict[Path, str]:
+    """What README, and that of each folder of results, say. OSError, ValueError as `load`."""
+    runs = {path.parent: load(path) for path in results()}
+    most = {folder: ceiling(run["ceilings_by_round"][CEILING]) for folder, run in runs.items()}
+    order = sorted(runs, key=most.__getitem__, reverse=True)
+    shown = [block([runs[folder] for folder in order[:1]])]
+    shown += [_summary(runs[folder], folder) for folder in order[1:]]
+    files = {folder / "README.md": block([run]) for folder, run in runs.items()}
+    return {ROOT / "README.md": "\n\n".join(shown), **files}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the block between README's two comments; 1 and an error, and no change, if not."""
+    """Rewrite what is between two comments of files; 1 and an error if that cannot be."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="*", type=Path, metavar="step.json")
     parser.add_argument("--cpu", action="store_true", help="take a CPU's run, too")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, help="where the runs that are named go")
     args = parser.parse_args(argv)
+    if bool(args.paths) != bool(args.readme):
+        parser.error("name runs and --readme, or neither")
     try:
-        changed = rewrite(args.readme, {"results": block(args.paths or results(), args.cpu)})
+        if args.paths:
+            files = {args.readme: block([load(path, args.cpu) for path in args.paths])}
+        else:
+            files = blocks_by_file()
+        for path, text in files.items():
+            print(f"{path}: {'rewritten' if rewrite(path, {'results': text}) else 'as it was'}")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{args.readme}: {'rewritten' if changed else 'as it was'}")
     return 0
 
 

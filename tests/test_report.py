@@ -75,7 +75,7 @@ def cells(text: str, case: str) -> list[str]:
 
 
 def test_a_table_of_a_gpu(on_gpu: Numbers, tmp_path: Path) -> None:
-    text = report.block([write(tmp_path, on_gpu)])
+    text = report.render(report.load(write(tmp_path, on_gpu)))
     assert "NVIDIA Made-Up" in text
     for fact in "driver 999.1", "CUDA 13.9", f"torch {torch.__version__}", "commit `1a2b3c4`":
         assert fact in text
@@ -98,24 +98,24 @@ def test_a_table_of_a_gpu(on_gpu: Numbers, tmp_path: Path) -> None:
 
 def test_formats_have_a_table_of_their_own(on_gpu: Numbers, tmp_path: Path) -> None:
     """Beside torch's fused AdamW on the same weights, and on the same model in float32."""
-    assert "storage format" not in report.block([write(tmp_path, on_gpu)])
+    assert "storage format" not in report.render(report.load(write(tmp_path, on_gpu)))
     template = next(x for x in on_gpu["lines"] if x["provider"] == "fused_adamw")
     made = {"numel": 1000, "state_bytes": 4030, "gpu": [5e2, 5e2, 5e2], "tbs": 3.0}
     made["times_rival"] = {"gpu": 1.5, "wall": 1.5}
     row = {**template, **made, "case": "tiny-bf16", "provider": "fused_adamw+master+int8"}
     on_gpu["lines"].append(row)
-    text = report.block([write(tmp_path, on_gpu)])
+    text = report.render(report.load(write(tmp_path, on_gpu)))
     # torch's fused AdamW on "tiny": 4,000 us
     wanted = ["4.03", "500", "3.00", "75.0", "1.50", "8.00"]
     assert cells(text, "tiny-bf16, master + int8")[1:] == wanted
     on_gpu["lines"].append({**row, "case": "tiny", "provider": "fused_adamw+int8"})
-    assert cells(report.block([write(tmp_path, on_gpu)]), "tiny, int8")[-1] == "-"
+    assert cells(report.render(report.load(write(tmp_path, on_gpu))), "tiny, int8")[-1] == "-"
 
 
 def test_what_failed_is_not_hidden(on_gpu: Numbers, tmp_path: Path) -> None:
     line = next(x for x in on_gpu["lines"] if x["provider"] == "fused_adamw")
     line["problem"], line["times_rival"] = "RuntimeError: no such luck", {"gpu": None, "wall": None}
-    text = report.block([write(tmp_path, on_gpu)])
+    text = report.render(report.load(write(tmp_path, on_gpu)))
     assert cells(text, "tiny")[3:] == ["4,000", "-", "-", "-", "-", "-", "2 / 17", "- / 333"]
     assert "Not timed: tiny, fused_adamw: RuntimeError: no such luck." in text
 
@@ -131,7 +131,7 @@ def test_a_time_that_the_gpu_waited_in_is_left_out(
     lines.append(dataclasses.replace(line, provider="fused_adamw+int8"))
     facts = on_gpu["command"], on_gpu["machine"], on_gpu["ceilings_by_round"]
     summary.write(tmp_path / "step.json", *facts, lines, {})
-    text = report.block([tmp_path / "step.json"])
+    text = report.render(report.load(tmp_path / "step.json"))
     row = cells(text, "tiny-mixed, clipped")
     ours = provider.startswith("fused_adamw")
     assert row[3:7] == (["24,000", "-", "-", "3.20"] if ours else ["-", "3,750", "-", "3.20"])
@@ -145,11 +145,11 @@ def test_a_time_that_the_gpu_waited_in_is_left_out(
 
 def test_changes_since_the_commit_are_told(on_gpu: Numbers, tmp_path: Path) -> None:
     on_gpu["machine"]["commit"] = "1a2b3c4+"
-    assert "commit `1a2b3c4` with changes" in report.block([write(tmp_path, on_gpu)])
+    assert "commit `1a2b3c4` with changes" in report.render(report.load(write(tmp_path, on_gpu)))
 
 
 def test_a_cpu_is_called_a_cpu(on_cpu: Numbers, tmp_path: Path) -> None:
-    text = report.block([write(tmp_path, on_cpu)], cpu=True)
+    text = report.render(report.load(write(tmp_path, on_cpu), cpu=True))
     assert text.startswith("**Times of a CPU, which say nothing of a GPU.**")
     assert cells(text, "tiny")[9:] == ["- / -", "- / -"]
 
@@ -215,18 +215,47 @@ def test_the_command(
     assert "CPU" not in text
 
 
-def test_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_gpu: Numbers) -> None:
+@pytest.mark.parametrize("arguments", [["step.json"], ["--readme", "out.md"]])
+def test_runs_go_where_they_are_told(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        report.main(arguments)
+    assert "name runs and --readme, or neither" in capsys.readouterr().err
+
+
+def test_each_file_has_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_gpu: Numbers
+) -> None:
+    """README that of the fastest memory, whatever the folders' names, and a line of each other."""
     monkeypatch.setattr(report, "ROOT", tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(README)
-    assert report.main(["--readme", str(readme)]) == 0
+    assert report.main([]) == 0
     assert "\n**No GPU has run this yet.** " in readme.read_text()
-    folder = tmp_path / "bench" / "results" / "made-up"
-    folder.mkdir(parents=True)
-    write(folder, on_gpu)
-    assert report.main(["--readme", str(readme)]) == 0
-    assert "No GPU has run" not in readme.read_text()
-    assert "NVIDIA Made-Up" in readme.read_text()
+    ceilings = on_gpu["ceilings_by_round"][report.CEILING]
+    for name, times in ("a", 1.0), ("b", 2.0), ("c", 1.5):
+        folder = tmp_path / "bench" / "results" / name
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(README)
+        on_gpu["machine"]["device"] = f"NVIDIA {name}"
+        on_gpu["ceilings_by_round"][report.CEILING] = [times * x for x in ceilings]
+        write(folder, on_gpu)
+    assert report.main([]) == 0
+    for name in "abc":
+        text = (tmp_path / "bench" / "results" / name / "README.md").read_text()
+        assert f"**NVIDIA {name}**" in text
+        assert "Also measured" not in text
+    text = readme.read_text()
+    assert "No GPU has run" not in text
+    assert text.count("**NVIDIA") == text.count("**NVIDIA b**") == 1
+    others = [line for line in text.splitlines() if line.startswith("Also measured: ")]
+    assert others == [
+        f"Also measured: [NVIDIA {name}](bench/results/{name}/README.md), commit `1a2b3c4`, "
+        "geometric means 3.20 times as fast (1.60 from idle); 6.40 times as fast, clipped (3.20 "
+        "from idle)."
+        for name in "ca"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -245,5 +274,8 @@ def test_comments_that_are_not_there(text: str) -> None:
 
 def test_readme_says_what_was_measured() -> None:
     """Or `python bench/report.py` was forgotten, or someone wrote into the table."""
-    text = (report.ROOT / "README.md").read_text()
-    assert blocks.replace(text, "results", report.block(report.results())) == text
+    files = report.blocks_by_file()
+    assert {path.parent for path in files} > {path.parent for path in report.results()}
+    for path, block in files.items():
+        text = path.read_text()
+        assert blocks.replace(text, "results", block) == text, path
