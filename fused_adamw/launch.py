@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .hypers import GroupRows
 from .kernels import table as t
 from .kernels.front import Front
 from .norm import Clipping
-from .shards import local
 
 MIN_TRITON = (3, 6)
 
@@ -111,67 +110,6 @@ class Asked(NamedTuple):
         """What of it the kernels are compiled for."""
         skip = self.clipping.skip_nonfinite if self.clipping.wanted else None
         return self.grad_scale is not None, self.found_inf is not None, skip, self.measured
-
-
-class GroupRows(NamedTuple):
-    """The groups' rows of the table, and the device scalars that they point to."""
-
-    words: t.Words
-    alive: list[Tensor]
-    exact: bool  # whether eps makes denominators whose reciprocals would be infinite, or 0
-    rates: tuple[int, ...]  # the lrs, if they go with the launch and the words' do not count
-
-    def with_rates(self, rates: Sequence[float]) -> GroupRows:
-        """The same with other learning rates, where all hyper-parameters are numbers."""
-        if self.rates:
-            return self._replace(rates=t.pack_rates(rates))
-        words = self.words.reshape(-1, t.GROUP_WORDS).copy()
-        words.view(np.float64)[:, t.LR] = rates
-        return self._replace(words=t.frozen(words.ravel()))
-
-
-def group_rows(
-    groups: Sequence[Mapping[str, Any]], device: torch.device, max_norm: float | None = None
-) -> GroupRows:
-    """Rows of hyper-parameters for the tables of a device.
-
-    A tensor on a device stays there: the kernel reads it, so that no one waits for it and a
-    captured graph follows it. One on the CPU is read here, and frozen in a graph as floats are.
-    """
-    norm = math.inf if max_norm is None else max_norm
-    rows: list[bytes] = []
-    rates: list[float] = []
-    alive: list[Tensor] = []
-    exact, with_launch = False, len(groups) <= t.RATES
-    for group in groups:  # as few calls as can be: schedulers change the rows in every step
-        flags = t.MAXIMIZE if group["maximize"] else 0
-        if group["decoupled_weight_decay"]:
-            flags |= t.DECOUPLED
-        values, addresses = [group["lr"], *group["betas"]], [0, 0, 0]
-        for i, x in enumerate(tuple(values)):
-            if isinstance(x, Tensor):
-                values[i], addresses[i], code = _scalar(x, device, alive)
-                flags |= code << (t.CODES_SHIFT + 2 * i)
-        values += float(group["eps"]), float(group["weight_decay"])
-        exact |= 0 < values[t.EPS] < 2.0**-126 or values[t.EPS] > 2.0**125
-        rest = flags, norm, group.get("seed", 0)
-        rates.append(values[t.LR])
-        if with_launch:
-            values[t.LR] = 0.0  # so that another one changes no word
-        rows.append(t.GROUP_ROW.pack(*values, *addresses, *rest))
-    words = np.frombuffer(b"".join(rows), dtype=np.int64)  # read-only
-    return GroupRows(words, alive, exact, t.pack_rates(rates) if with_launch else ())
-
-
-def _scalar(x: Tensor, device: torch.device, alive: list[Tensor]) -> tuple[float, int, int]:
-    """Value, address and dtype code of a hyper-parameter: one of the first two, the other 0."""
-    x = local(x)
-    if x.device != device and x.device.type == "cpu":
-        return float(x.detach()), 0, 0
-    dtype = x.dtype if x.dtype in t.SCALAR_CODES else torch.float64
-    scalar = x.detach().to(device, dtype, non_blocking=True)
-    alive.append(scalar)
-    return 0.0, scalar.data_ptr(), t.SCALAR_CODES[dtype]
 
 
 class Launcher:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,10 +17,11 @@ from . import reference
 from . import state as stating
 from . import storage as storing
 from . import telemetry as measuring
-from .checks import check_hypers, check_memory, check_plain, param_name
+from .checks import check_memory, check_plain, param_name
 from .entries import Entry, Grads, flat, make_entries, refuse_shared_memory
+from .hypers import DECOUPLED, Hypers, check_group
 from .kernels import table as t
-from .launch import Asked, GroupRows, Launcher, group_rows, is_capturing
+from .launch import Asked, Launcher, is_capturing
 from .layouts import overlaps_itself
 from .look import Members, Seen
 from .norm import check_clipping
@@ -37,10 +35,7 @@ if TYPE_CHECKING:
     from .release import GradientRelease
 
 Backend = Literal["auto", "triton", "reference"]
-_DECOUPLED = "decoupled_weight_decay"
-_hypers_of = itemgetter("eps", "weight_decay", "maximize", _DECOUPLED)  # besides lr
 _OPTIONS = ("backend", "max_grad_norm", "skip_nonfinite", "grad_norm_group", "group_metrics")
-_NO_TENSORS = {float, int, bool}  # types of hyper-parameters, as they are in nearly all groups
 _KERNEL_DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
 
@@ -164,7 +159,7 @@ class FusedAdamW(Optimizer):
         }
         if stored != storing.OPTIONS:  # else groups are torch's, and so are flattened checkpoints
             defaults.update(stored)
-        _check_group(defaults, min_lr=0.0)
+        check_group(defaults, min_lr=0.0)
         defaults["betas"] = _scalar_betas(betas)
         check_clipping(max_grad_norm, skip_nonfinite)
         _check_backend(backend)
@@ -178,10 +173,7 @@ class FusedAdamW(Optimizer):
     def _forget(self) -> None:
         """Drop what is derived from params, groups and state."""
         self._plan: Plan | None = None
-        self._hypers: list[tuple[Any, ...]] = []  # as checked last, where all are numbers
-        self._stored: list[tuple[Any, ...]] = []  # the groups' other options, as checked last
-        self._rates: list[Any] = []  # their lrs
-        self._rows: dict[torch.device, GroupRows] = {}  # made of them
+        self._hypers = Hypers()
         # Graphs read and write the memory of their captured steps for as long as they live.
         self._captured: list[object] = [
             *self.__dict__.get("_captured", ()),
@@ -217,7 +209,7 @@ class FusedAdamW(Optimizer):
         own_groups = self.__dict__.get("param_groups")  # there when a checkpoint is loaded
         for number, group in enumerate(state["param_groups"]):
             if own_groups is not None:
-                for key in (_DECOUPLED, "differentiable"):
+                for key in (DECOUPLED, "differentiable"):
                     group[key] = own_groups[number][key]
                 if "seed" in own_groups[number]:  # for a checkpoint that knows of none
                     group.setdefault("seed", own_groups[number]["seed"])
@@ -228,7 +220,7 @@ class FusedAdamW(Optimizer):
             for key, value in defaults.items():
                 group.setdefault(key, value)
             group["betas"] = _scalar_betas(group["betas"])
-            _check_group(group)
+            check_group(group)
         kept = stating.own_state(state["state"], state["param_groups"], step_dtype())
         super().__setstate__({**state, "state": kept})
         self._forget()
@@ -258,7 +250,7 @@ class FusedAdamW(Optimizer):
             TypeError: a tensor subclass that keeps its memory elsewhere and is no DTensor.
         """
         if isinstance(param_group, dict):
-            _check_group({**self.defaults, **param_group}, min_lr=0.0)
+            check_group({**self.defaults, **param_group}, min_lr=0.0)
             if isinstance(param_group.get("params"), Iterable) and not isinstance(
                 param_group["params"], (Tensor, set)
             ):
@@ -366,7 +358,7 @@ class FusedAdamW(Optimizer):
                 "set group_metrics=False."
             )
         _check_backend(self.backend)
-        self._check_changed_hypers(clipping.max_norm)
+        self._hypers.check(self.param_groups, clipping.max_norm)
         if found_inf is not None:  # what one rank has found is in the norm of all
             clipping = clipping._replace(skip_nonfinite=clipping.wanted)
         return Asked(grad_scale, found_inf, clipping, self.group_metrics)
@@ -395,7 +387,7 @@ class FusedAdamW(Optimizer):
         return {
             device: self._launchers[device].prepare(
                 table,
-                self._group_rows(device, asked.clipping.max_norm),
+                self._hypers.rows(self.param_groups, device, asked.clipping.max_norm),
                 asked,
                 rows=measures[device].rows if measures else None,
             )
@@ -405,7 +397,7 @@ class FusedAdamW(Optimizer):
     def _members(self) -> Members:
         """The members of the groups, whose options `_asked` has checked."""
         groups = self.param_groups
-        return Members(flat(groups), [len(g["params"]) for g in groups], self._stored)
+        return Members(flat(groups), [len(g["params"]) for g in groups], self._hypers.stored)
 
     def _current_plan(
         self, members: Members, here: LocalGrads | None, with_norm: bool
@@ -459,35 +451,6 @@ class FusedAdamW(Optimizer):
             return device.type in _KERNEL_DEVICES
         return self.backend == "triton"
 
-    def _check_changed_hypers(self, max_norm: float | None) -> None:
-        """Check hyper-parameters that are not as they were, and forget the rows made of them."""
-        groups = self.param_groups
-        rates = [g["lr"] for g in groups]
-        others = [(*_hypers_of(g), *g["betas"]) for g in groups]
-        stored = [(g["amsgrad"], g["differentiable"], *storing.options_of(g)) for g in groups]
-        kinds = set(map(type, chain(rates, *others)))
-        if not kinds <= _NO_TENSORS and any(issubclass(kind, Tensor) for kind in kinds):
-            others = []  # they change in place, and comparing them would wait for the device
-        else:
-            others.append((max_norm,))
-        if others and others == self._hypers and stored == self._stored:
-            if rates == self._rates:
-                return
-            # as schedulers leave them
-            if set(map(type, rates)) <= {float, int} and all(map(math.isfinite, rates)):
-                self._rows = {device: rows.with_rates(rates) for device, rows in self._rows.items()}
-                self._rates = rates
-                return
-        for group in groups:
-            _check_group(group)
-        self._hypers, self._stored, self._rates, self._rows = others, stored, rates, {}
-
-    def _group_rows(self, device: torch.device, max_norm: float | None) -> GroupRows:
-        rows = self._rows.get(device)
-        if rows is None:
-            rows = self._rows[device] = group_rows(self.param_groups, device, max_norm)
-        return rows
-
     def _kept(self, device: torch.device, plan: Plan, seen: Seen) -> Iterator[Tensor]:
         """What the launches of a device use and the next steps', too, whatever stream they are on.
 
@@ -495,8 +458,7 @@ class FusedAdamW(Optimizer):
         """
         for e in plan.copied:
             yield from (x for x in (e.dense, e.grad_copy) if x is not None and x.device == device)
-        if device in self._rows:
-            yield from self._rows[device].alive
+        yield from self._hypers.alive(device)
         if self._telemetry is not None:
             yield from self._telemetry.measures.get(device, ())
         yield from (x for x in seen.states if x.device == device)
@@ -637,11 +599,6 @@ class FusedAdamW(Optimizer):
         )
         lines = [f"    {what}: {count} parameters" for what, count in counts.items()]
         return "\n".join([super().__repr__().removesuffix(")") + "Stored", *lines, ")"])
-
-
-def _check_group(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
-    check_hypers(group, min_lr)
-    storing.check_options(group)
 
 
 def _check_backend(backend: object) -> None:

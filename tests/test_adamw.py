@@ -32,10 +32,11 @@ from truth import (
 
 from fused_adamw import FusedAdamW, reference
 from fused_adamw import plan as planning
+from fused_adamw.hypers import group_rows
 from fused_adamw.kernels import table as t
 from fused_adamw.kernels.front import Front
 from fused_adamw.kernels.launch_parameters import LaunchParameters
-from fused_adamw.launch import group_rows, load_kernels
+from fused_adamw.launch import load_kernels
 
 make = partial(FusedAdamW, backend="triton")
 each = pytest.mark.parametrize

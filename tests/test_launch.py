@@ -261,7 +261,7 @@ def test_captured_step_keeps_its_scalars_alive(
     adamw.step()
     with Recording(monkeypatch):
         adamw.step()
-    copied = weakref.ref(adamw._rows[device].alive[0])
+    copied = weakref.ref(adamw._hypers.alive(device)[0])
     adamw.step()
     assert copied() is not None
 
@@ -422,7 +422,7 @@ def test_memory_is_kept_for_each_stream_that_uses_it(
         *launcher._sums.values(),
         *(x for s in adamw.state.values() for x in s.values()),
         *adamw._telemetry.measures[device],
-        *adamw._rows[device].alive,
+        *adamw._hypers.alive(device),
         copied.dense,
         copied.grad_copy,
     ]
