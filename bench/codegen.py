@@ -82,6 +82,7 @@ def alone(name: str) -> Case:
 
 
 FREE = {"maxnreg": 0, "maxnreg_one": 0}  # registers as ptxas likes them
+GENERAL = {"plain": False}  # for any hyper-parameters, not for those alone that most have
 _ALL = {name: signature(f"{name}/{name}/{name}") for name in DTYPES if name != "int8"}
 _MIXED = signature("bf16/bf16/fp32")
 _BF16, _INT8 = _ALL["bf16"], signature("bf16/bf16/int8")
@@ -104,6 +105,11 @@ SETS = {
     "fp64-scaled": Case((_ALL["fp64"],), scaled=True),
     "fp32-exact": Case((_ALL["fp32"],), variant={"exact": True, **FREE}),
     "mixed+fp32-exact": Case((_MIXED, _ALL["fp32"]), variant={"exact": True, **FREE}),
+    "fp32-general": Case((_ALL["fp32"],), variant=GENERAL),
+    "mixed+fp32-general": Case((_MIXED, _ALL["fp32"]), variant=GENERAL),
+    "bf16-stochastic-general": Case((_BF16._replace(stochastic=True),), variant=GENERAL),
+    "bf16-int8-general": Case((_INT8,), variant=GENERAL),
+    "bf16-remainder-int8-general": Case((_INT8._replace(master=torch.int16),), variant=GENERAL),
     "fp32-looped": Case((_ALL["fp32"],), variant={"blocks_per_program": 4, **FREE}),
     "mixed+fp32-looped": Case((_MIXED, _ALL["fp32"]), variant={"blocks_per_program": 4, **FREE}),
     "fp32-measured": Case((_ALL["fp32"],), measured=True),
@@ -242,7 +248,8 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
     """
     if case is None:
         case = SETS[name] if name in SETS else alone(name)
-    table = make_table(case.signatures, launch_parameters(target)._replace(**case.variant))
+    variant = {"plain": True, **case.variant}
+    table = make_table(case.signatures, launch_parameters(target)._replace(**variant))
     with launches(TARGETS[target]) as seen:
         if case.kernel == "schedule":
             scalar = cast(Tensor, Address(torch.float32)) if case.scaled else None

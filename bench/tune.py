@@ -244,7 +244,7 @@ def reason(error: BaseException) -> str:
 
 def compile_one(row: Compiled, parameters: LaunchParameters) -> Compiled:
     """The row with what became of it."""
-    case = codegen.SETS[row.set]._replace(variant=parameters._asdict())
+    case = codegen.SETS[row.set]._replace(variant=parameters._replace(plain=True)._asdict())
     try:
         return row._replace(report=codegen.compile_case(row.set, row.target, case))
     except Exception as error:  # whatever the compiler raises

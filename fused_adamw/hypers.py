@@ -37,6 +37,7 @@ class GroupRows(NamedTuple):
     words: t.Words
     alive: list[Tensor]
     exact: bool  # whether eps makes denominators whose reciprocals would be infinite, or 0
+    plain: bool  # whether all are as `_adamw_update` has a shorter way for
     rates: tuple[int, ...]  # the lrs, if they go with the launch and the words' do not count
 
     def with_rates(self, rates: Sequence[float]) -> GroupRows:
@@ -60,7 +61,7 @@ def group_rows(
     rows: list[bytes] = []
     rates: list[float] = []
     alive: list[Tensor] = []
-    exact, with_launch = False, len(groups) <= t.RATES
+    exact, plain, with_launch = False, True, len(groups) <= t.RATES
     for group in groups:  # as few calls as can be: schedulers change the rows in every step
         flags = t.MAXIMIZE if group["maximize"] else 0
         if group["decoupled_weight_decay"]:
@@ -72,13 +73,16 @@ def group_rows(
                 flags |= code << (t.CODES_SHIFT + 2 * i)
         values += float(group["eps"]), float(group["weight_decay"])
         exact |= 0 < values[t.EPS] < 2.0**-126 or values[t.EPS] > 2.0**125
+        # of betas on the device there are zeros here
+        plain &= 1 - values[t.BETA1] < 0.5 and 1 - values[t.BETA2] < 0.5
+        plain &= bool(flags & t.DECOUPLED) or values[t.WEIGHT_DECAY] == 0
         rest = flags, norm, group.get("seed", 0)
         rates.append(values[t.LR])
         if with_launch:
             values[t.LR] = 0.0  # so that another one changes no word
         rows.append(t.GROUP_ROW.pack(*values, *addresses, *rest))
     words = np.frombuffer(b"".join(rows), dtype=np.int64)  # read-only
-    return GroupRows(words, alive, exact, t.pack_rates(rates) if with_launch else ())
+    return GroupRows(words, alive, exact, plain, t.pack_rates(rates) if with_launch else ())
 
 
 def _scalar(x: Tensor, device: torch.device, alive: list[Tensor]) -> tuple[float, int, int]:

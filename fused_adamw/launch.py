@@ -163,7 +163,7 @@ class Launcher:
             self._groups = groups.words
         whole = self._whole
         if whole is None or table is not self._given or whole.groups is not self._groups:
-            tuned = table.parameters
+            tuned = table.parameters._replace(plain=groups.plain)
             if groups.exact:
                 tuned = tuned.uncapped()._replace(exact=True)
             whole = dataclasses.replace(table, groups=self._groups, parameters=tuned)
@@ -181,9 +181,10 @@ class Launcher:
         if capturing and not known:
             raise RuntimeError(
                 "FusedAdamW.step() cannot be captured in a CUDA graph yet: no step has had these "
-                "options (GradScaler, max_grad_norm, skip_nonfinite, group_metrics, an eps that is "
-                "subnormal or above 2^125), and its kernels would be compiled inside the capture. "
-                "Run one step() with the same options outside the capture."
+                "options (GradScaler, max_grad_norm, skip_nonfinite, group_metrics, L2 decay, a "
+                "beta on the device or of at most 1/2, an eps that is subnormal or above 2^125), "
+                "and its kernels would be compiled inside the capture. Run one step() with the "
+                "same options outside the capture."
             )
         if not capturing and (table.rest is not self._reserved_for or self._reserve is None):
             with current(self.device):

@@ -26,7 +26,6 @@ from .columns import (
     EXP_AVG_SQ_AT,
     EXP_AVG_SQ_SCALE_AT,
     GRAD_FACTOR,
-    GROUP_WORDS,
     L2,
     MASTER_AT,
     MAX_EXP_AVG_SQ_AT,
@@ -55,7 +54,6 @@ from .streams import (
     _decode_second,
     _exponents_at,
     _exponents_mask,
-    _in_groups,
     _load,
     _load_exponents,
     _random,
@@ -98,6 +96,7 @@ def _block(
     MEASURE: tl.constexpr,
     BLOCK: tl.constexpr,
     ARITHMETIC: tl.constexpr,
+    PLAIN: tl.constexpr,
     PTX: tl.constexpr,
     LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
@@ -162,6 +161,9 @@ def _block(
     if STORE_GRAD:  # GradScaler's clients find the unscaled gradients behind, as torch leaves them
         unscaled = (g * tl.load(scalars + UNSCALE)).to(GRAD)
         _store(g_at, unscaled, mask, STORE_CACHE, EVICTION)
+    largest: tl.constexpr = (
+        1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38
+    )
     old = p
     p, m, v, v_max, added = _adamw_update(
         p,
@@ -175,10 +177,11 @@ def _block(
         tl.load(scalars + EPSILON),
         tl.load(scalars + NEG_STEP_SIZE),
         tl.load(scalars + DECAY),
-        tl.load(scalars + L2),
+        0.0 if PLAIN else tl.load(scalars + L2),
         AMSGRAD,
         ARITHMETIC,
-        1.7976931348623157e308 if COMPUTE == tl.float64 else 3.4028234663852886e38,
+        0 if EXP_AVG_SQ == tl.uint8 else largest,  # the largest code is half of it
+        PLAIN,
     )
     if not ALIGNED:  # else whole quantisation blocks are masked, and their codes are not stored
         if EXP_AVG == tl.uint8:
@@ -213,12 +216,12 @@ def _block(
         _store(m_at, m.to(EXP_AVG), mask, STORE_CACHE, EVICTION)
     _store_second(
         v_at, v_exponents_at, v, for_second, mask, exponents_stored, EXP_AVG_SQ, STOCHASTIC,
-        STORE_CACHE, EVICTION,
+        TOGETHER, STORE_CACHE, EVICTION,
     )  # fmt: skip
     if AMSGRAD:
         _store_second(
             v_max_at, v_max_exponents_at, v_max, for_second, mask, exponents_stored, EXP_AVG_SQ,
-            STOCHASTIC, STORE_CACHE, EVICTION,
+            STOCHASTIC, TOGETHER, STORE_CACHE, EVICTION,
         )  # fmt: skip
     measures = tl.zeros([MEASURES], tl.float32)
     if MEASURE:
@@ -228,31 +231,26 @@ def _block(
 
 @triton.jit
 def _dispatch(
-    tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
+    tensor, grad, signature, aligned, scalars, scalars64, index, start, numel, later,
     SIGNATURES: tl.constexpr, STORE_GRAD: tl.constexpr, MEASURE: tl.constexpr, BLOCK: tl.constexpr,
-    ARITHMETIC: tl.constexpr, PTX: tl.constexpr, LOAD_CACHE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, PLAIN: tl.constexpr, PTX: tl.constexpr, LOAD_CACHE: tl.constexpr,
     STORE_CACHE: tl.constexpr, EVICTION: tl.constexpr, CAPPED: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Update a block by the code of its tensor's signature, and of its alignment."""
     measures = tl.zeros([MEASURES], tl.float32)
-    size = tl.minimum(numel - start, BLOCK).to(tl.int32)
-    aligned = addresses % 16 == 0
+    size = tl.minimum(numel - start, BLOCK).to(tl.uint32)  # to be divided by an `and` alone
     for i in tl.static_range(len(SIGNATURES)):
         if signature == i:
             # Elements before `vectors` go in 128-bit accesses; the bound is a multiple of the
             # vector, else the mask would break them up. What is left goes one by one: at most 7
             # elements, in 8-bit formats at most 63, so that no quantisation block is cut in two,
-            # or all of an unaligned tensor, or of a shard that cuts a random group in two (in which
-            # no 8-bit moments are). Each path casts its own pointers: a shared one would
+            # or all of an unaligned tensor. Each path casts its own pointers: a shared one would
             # carry the hint across.
-            whole = aligned
-            if SIGNATURES[i][6] or SIGNATURES[i][3] == tl.uint8:
-                whole &= _in_groups(tensor, SIGNATURES[i][7])
             if SIGNATURES[i][2] == tl.uint8 or SIGNATURES[i][3] == tl.uint8:
-                vectors = tl.where(whole, size // QUANT_BLOCK, 0) * QUANT_BLOCK
+                vectors = tl.where(aligned, size // QUANT_BLOCK, 0) * QUANT_BLOCK
             else:
-                vectors = tl.where(whole, size // _VECTOR, 0) * _VECTOR
+                vectors = tl.where(aligned, size // _VECTOR, 0) * _VECTOR
             if SIGNATURES[i][0] == tl.float64:
                 row = scalars64 + index * SCALARS
             else:
@@ -262,28 +260,28 @@ def _dispatch(
                     tensor, grad, row, start, 0, vectors, later,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], True,
-                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, PTX, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    CAPPED, PREFETCH, SIGNATURES[i][8],
+                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, PLAIN, PTX, LOAD_CACHE, STORE_CACHE,
+                    EVICTION, CAPPED, PREFETCH, SIGNATURES[i][8],
                 )  # fmt: skip
             if vectors < size:
                 measures += _block(
                     tensor, grad, row, start, vectors, size, later,
                     SIGNATURES[i][0], SIGNATURES[i][1], SIGNATURES[i][2], SIGNATURES[i][3],
                     SIGNATURES[i][4], SIGNATURES[i][5], SIGNATURES[i][6], SIGNATURES[i][7], False,
-                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, PTX, LOAD_CACHE, STORE_CACHE, EVICTION,
-                    CAPPED, PREFETCH, SIGNATURES[i][8],
+                    STORE_GRAD, MEASURE, BLOCK, ARITHMETIC, PLAIN, PTX, LOAD_CACHE, STORE_CACHE,
+                    EVICTION, CAPPED, PREFETCH, SIGNATURES[i][8],
                 )  # fmt: skip
     return measures
 
 
-@triton.jit(do_not_specialize=["n_groups", "n_tensors", "chunk_shift", "ahead"])
+@triton.jit(do_not_specialize=["grads", "tensors", "chunks", "chunk_shift", "ahead"])
 def _adamw(
-    words,  # int64 [n_words]: see table.py
+    grads: tl.int64,  # addresses of parts of the table, int64: see table.py
+    tensors: tl.int64,
+    chunks: tl.int64,
     scalars,  # float32 [n_tensors, SCALARS]
     scalars64,  # float64, the same
     rows,  # float32 [n_programs, MEASURES], written where a program updates; or None
-    n_groups,
-    n_tensors,
     chunk_shift,  # log2 of the blocks in a chunk: a division would cost 2 instructions an element
     ahead,  # programs between those that prefetch and those that read
     SIGNATURES: tl.constexpr,  # t.Signature as a tuple, in Triton's dtypes
@@ -291,6 +289,7 @@ def _adamw(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # of a program
     ARITHMETIC: tl.constexpr,
+    PLAIN: tl.constexpr,
     PTX: tl.constexpr,  # whether there may be NVIDIA's own instructions: nvidia.py
     OVERLAP: tl.constexpr,  # whether programs begin before the schedule has ended
     LOAD_CACHE: tl.constexpr,
@@ -299,22 +298,21 @@ def _adamw(
     CAPPED: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    grads = words + n_groups * GROUP_WORDS
-    tensors = grads + n_tensors
-    chunks = tensors + n_tensors * TENSOR_WORDS
+    grads = grads.to(tl.pointer_type(tl.int64))
+    tensors = tensors.to(tl.pointer_type(tl.int64))
+    chunks = chunks.to(tl.pointer_type(tl.int64))
     program = tl.program_id(0)
     item = program >> chunk_shift
     chunk = tl.load(chunks + item)
-    index = chunk & 0xFFFFFFFF
+    index = chunk.to(tl.int32)
     block = (chunk >> 32) + (program - (item << chunk_shift))
     start = block * (BLOCKS * BLOCK)  # int64: tensors pass 2^31
     tensor = tensors + index * TENSOR_WORDS
     numel = tl.load(tensor + NUMEL)
     grad = tl.load(grads + index)
-    addresses = tl.load(tensor + PARAM_AT) | tl.load(tensor + EXP_AVG_AT) | grad
-    addresses |= tl.load(tensor + EXP_AVG_SQ_AT) | tl.load(tensor + MAX_EXP_AVG_SQ_AT)
-    addresses |= tl.load(tensor + MASTER_AT)
     signature = tl.load(tensor + SIGNATURE)
+    aligned = ((signature >> 32) | (grad & 15)).to(tl.int32) == 0
+    signature = signature.to(tl.int32)
     if OVERLAP:  # the words were there before the schedule began; it writes the scalars
         _wait_for_previous()
     active = tl.load(scalars + index * SCALARS + ACTIVE)
@@ -326,8 +324,8 @@ def _adamw(
     for _ in range(BLOCKS):
         if start < numel:
             measures += _dispatch(
-                tensor, grad, addresses, signature, scalars, scalars64, index, start, numel, later,
-                SIGNATURES, STORE_GRAD, rows is not None, BLOCK, ARITHMETIC, PTX, LOAD_CACHE,
+                tensor, grad, signature, aligned, scalars, scalars64, index, start, numel, later,
+                SIGNATURES, STORE_GRAD, rows is not None, BLOCK, ARITHMETIC, PLAIN, PTX, LOAD_CACHE,
                 STORE_CACHE, EVICTION, CAPPED, PREFETCH,
             )  # fmt: skip
         start += BLOCK
@@ -425,12 +423,10 @@ def compile_for(
 
 def _arguments(table: t.Table, memory: t.Memory, rows: Tensor | None) -> tuple[object, ...]:
     return (
-        memory.words,
+        *table.addresses(memory.words.data_ptr()),
         memory.scalars,
         memory.scalars64,
         rows,
-        table.n_groups,
-        table.n_tensors,
         table.blocks_per_chunk.bit_length() - 1,
         table.ahead,
     )
@@ -445,6 +441,7 @@ def _call(table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | Non
         "BLOCK": tuned.block,
         "BLOCKS": tuned.blocks_per_program,
         "ARITHMETIC": _arithmetic(tuned, device).value,
+        "PLAIN": tuned.plain,
         "PTX": nvidia.is_nvidia(device),
         "OVERLAP": nvidia.overlaps(tuned, device),
         "LOAD_CACHE": tuned.load_cache,

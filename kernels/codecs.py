@@ -12,7 +12,7 @@ import triton.language as tl
 from . import table as t
 from .columns import QUANT_BLOCK
 from .columns import RANDOM_GROUP as _GROUP
-from .nvidia import _and_or, _bytes, _signed_halves, _top_bytes
+from .nvidia import _and_or, _bytes, _signed_halves, _top_bytes, _unsigned_codes
 
 _SIGNED_SHIFT = tl.constexpr(23 - t.SIGNED_MANTISSA)
 _SIGNED_BITS = tl.constexpr(0x7F << (23 - t.SIGNED_MANTISSA))  # of a code, shifted
@@ -185,7 +185,7 @@ def _encode_signed(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def _encode_unsigned(x, random):
+def _encode_unsigned(x, random, PTX: tl.constexpr):
     """The same of values that are not negative, rounded stochastically; random: uint32."""
     magnitude = _magnitude(x, _UNSIGNED_LARGEST)
     exponents = _block_exponents(magnitude, _UNSIGNED_CARRY)
@@ -193,4 +193,5 @@ def _encode_unsigned(x, random):
     y = tl.fma(magnitude, _repeat(scale, _GROUP), _UNSIGNED_FLOOR)
     code = _bits(y) + (random >> (32 - _UNSIGNED_SHIFT)).to(tl.int32)
     code = tl.where(magnitude != 0, tl.maximum(code, _UNSIGNED_ONE), code)
-    return (code >> _UNSIGNED_SHIFT).to(tl.uint8), exponents.to(tl.uint8)
+    code = _unsigned_codes(code) if PTX else (code >> _UNSIGNED_SHIFT).to(tl.uint8)
+    return code, exponents.to(tl.uint8)

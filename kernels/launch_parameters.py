@@ -30,6 +30,7 @@ class LaunchParameters(NamedTuple):
     maxnreg_random: int = 0  # for stochastic rounding alone
     maxnreg_int8: int = 0  # for 8-bit moments
     exact: bool = False  # IEEE division and square root in float32, else 2 ULP off at most
+    plain: bool = False  # no hyper-parameters but those of kernels/update.py's shorter way
     load_cache: str = ""  # PTX cache operators: "", ".ca", ".cg"
     store_cache: str = ""  # "", ".wb", ".cg", ".cs", ".wt"
     eviction: str = ""  # of both: "", "evict_first", "evict_last"

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from . import table as t
 from .adamw import constexpr_signatures
-from .columns import (
-    GROUP_WORDS,
-    NUMEL,
-    SIGNATURE,
-    TENSOR_WORDS,
-)
+from .columns import NUMEL, SIGNATURE, TENSOR_WORDS
 from .front import Call, Front
 from .streams import _VECTOR, _at
 
@@ -40,23 +35,23 @@ def _squares(
 
 
 @triton.jit(
-    do_not_specialize=["n_groups", "n_tensors", "n_chunks", "blocks_per_chunk", "mesh"],
+    do_not_specialize=["grads", "tensors", "chunks", "n_chunks", "blocks_per_chunk", "mesh"],
     do_not_specialize_on_alignment=["sums"],
 )
 def _sum_squares(
-    words,  # int64 [n_words]: see table.py
+    grads: tl.int64,  # addresses of parts of the table, int64: see table.py
+    tensors: tl.int64,
+    chunks: tl.int64,
     sums,  # float64 [programs]
-    n_groups,
-    n_tensors,
     n_chunks,
     blocks_per_chunk,
     mesh,  # only tensors of this number count
     SIGNATURES: tl.constexpr,  # as adamw.py has them
     BLOCK: tl.constexpr,
 ):
-    grads = words + n_groups * GROUP_WORDS
-    tensors = grads + n_tensors
-    chunks = tensors + n_tensors * TENSOR_WORDS
+    grads = grads.to(tl.pointer_type(tl.int64))
+    tensors = tensors.to(tl.pointer_type(tl.int64))
+    chunks = chunks.to(tl.pointer_type(tl.int64))
     total = tl.zeros([BLOCK], tl.float64)
     i = tl.program_id(0)
     while i < n_chunks:
@@ -64,7 +59,7 @@ def _sum_squares(
         index = chunk & 0xFFFFFFFF
         tensor = tensors + index * TENSOR_WORDS
         grad = tl.load(grads + index)
-        signature = tl.load(tensor + SIGNATURE)
+        signature = tl.load(tensor + SIGNATURE).to(tl.int32)
         block = chunk >> 32
         n_blocks = tl.minimum(
             (tl.load(tensor + NUMEL) + BLOCK - 1) // BLOCK, block + blocks_per_chunk
@@ -95,10 +90,8 @@ def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor, mesh:
         ("norm", table.signatures, table.parameters),
         table.n_sums,
         (
-            words,
+            *table.addresses(words.data_ptr()),
             sums,
-            table.n_groups,
-            table.n_tensors,
             table.n_chunks,
             table.blocks_per_chunk,
             mesh,

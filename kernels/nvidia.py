@@ -18,6 +18,13 @@ import triton
 import triton.language as tl
 
 from .launch_parameters import LaunchParameters
+from .table import UNSIGNED_MANTISSA
+
+_CUT = tl.constexpr(
+    "{ .reg .b32 low, high; prmt.b32 low, $1, $2, 0x7632; prmt.b32 high, $3, $4, 0x7632;"
+    f" shr.u32 low, low, {7 - UNSIGNED_MANTISSA}; shr.u32 high, high, {7 - UNSIGNED_MANTISSA};"
+    " prmt.b32 $0, low, high, 0x6420; }"
+)
 
 
 def is_nvidia(device: torch.device) -> bool:
@@ -119,6 +126,12 @@ def _top_bytes(x):
         is_pure=True,
         pack=4,
     )
+
+
+@triton.jit
+def _unsigned_codes(x):
+    """The 8 bits of each int32 that are a code, as uint8: two are shifted at once, not each."""
+    return tl.inline_asm_elementwise(_CUT, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4)
 
 
 # Programmatic dependent launch, from sm_90 on: the next kernel's programs may begin while those of

@@ -118,7 +118,8 @@ def _prefetch_unit(
     tensor = tensors + index * TENSOR_WORDS
     size = tl.minimum(tl.load(tensor + NUMEL) - start, size)  # negative past the end
     grad = tl.load(grads + index)
-    if (grad != 0) & (tl.load(tensor + SIGNATURE) == tl.load(own + SIGNATURE)):
+    signature = tl.load(own + SIGNATURE).to(tl.int32)
+    if (grad != 0) & (tl.load(tensor + SIGNATURE).to(tl.int32) == signature):
         _prefetch_elements(tl.load(tensor + PARAM_AT), start, size, PARAM)
         _prefetch_elements(grad, start, size, GRAD)
         _prefetch_moment(tensor, start, size, EXP_AVG_AT, EXP_AVG_SCALE_AT, EXP_AVG)

@@ -130,13 +130,15 @@ def _put(scalars, scalars64, tensor, mask, value, COLUMN: tl.constexpr, FLOAT64:
 
 @triton.jit(
     do_not_specialize=[
-        *("n_groups", "n_tensors", "n_sums", "low0", "high0", "low1", "high1"),
+        *("grads", "tensors", "n_tensors", "n_sums", "low0", "high0", "low1", "high1"),
         *("low2", "high2", "low3", "high3"),
     ],
     do_not_specialize_on_alignment=["grad_scale", "found_inf", "sums", "metrics"],
 )
 def _schedule(
-    words,  # int64 [n_words]: see table.py
+    words,  # int64 [n_words], which begin with the groups: see table.py
+    grads: tl.int64,  # addresses of other parts of them
+    tensors: tl.int64,
     scalars,  # float32 [n_tensors, SCALARS]
     scalars64,  # float64, the same
     grad_scale,  # float32 [], or None
@@ -144,7 +146,6 @@ def _schedule(
     sums,  # float64 [n_sums], of squares of all gradients, or None
     metrics,  # float64 [METRICS], where there are sums
     counted,  # float64 [n_tensors], elements that this step updates, kept if skipped; or None
-    n_groups,
     n_tensors,
     n_sums,
     low0,  # bits of the groups' lrs, which count in place of the rows' if RATES
@@ -163,8 +164,8 @@ def _schedule(
 ):
     if OVERLAP:
         _let_next_begin()
-    grads = words + n_groups * GROUP_WORDS
-    tensors = grads + n_tensors
+    grads = grads.to(tl.pointer_type(tl.int64))
+    tensors = tensors.to(tl.pointer_type(tl.int64))
     tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     mask = tensor < n_tensors
 
@@ -269,6 +270,7 @@ def schedule(
     """
     arguments = (
         memory.words,
+        *table.addresses(memory.words.data_ptr())[:2],
         memory.scalars,
         memory.scalars64,
         grad_scale,
@@ -276,7 +278,6 @@ def schedule(
         None if norm is None else norm.sums,
         None if norm is None else norm.metrics,
         counted,
-        table.n_groups,
         table.n_tensors,
         0 if norm is None else norm.sums.numel(),
         *(rates or (0,) * (2 * t.RATES)),
@@ -290,7 +291,7 @@ def schedule(
     }
     front.launch(
         _schedule,
-        ("schedule", *[x is None for x in arguments[3:8]], *constants.values()),
+        ("schedule", *[x is None for x in arguments[5:10]], *constants.values()),
         -(-table.n_tensors // _TENSORS_PER_PROGRAM),
         arguments,
         lambda: Call(constants, {"enable_fp_fusion": False}),

@@ -59,15 +59,6 @@ def _exponents_mask(first, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _in_groups(tensor, COLUMNS: tl.constexpr):
-    """Whether each 8 elements from a block's start on are a random group of the whole tensor."""
-    begins = tl.load(tensor + _FIRST)
-    if COLUMNS:
-        begins |= tl.load(tensor + _INNER) | tl.load(tensor + _INNER_WHOLE)
-    return begins % _GROUP == 0
-
-
-@triton.jit
 def _random(
     tensor, scalars, start, lane, COLUMNS: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -115,10 +106,10 @@ def _decode_second(x, exponents, COMPUTE: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def _store_second(
     at, exponents_at, x, random, mask, exponents_mask, FORMAT: tl.constexpr,
-    STOCHASTIC: tl.constexpr, CACHE: tl.constexpr, EVICTION: tl.constexpr,
+    STOCHASTIC: tl.constexpr, PTX: tl.constexpr, CACHE: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     if FORMAT == tl.uint8:
-        code, exponents = _encode_unsigned(x, random)
+        code, exponents = _encode_unsigned(x, random, PTX)
         tl.store(exponents_at, exponents, mask=exponents_mask)
         _store(at, code, mask, CACHE, EVICTION)
     elif STOCHASTIC and FORMAT == tl.bfloat16:

@@ -7,7 +7,8 @@ Host only (torch and numpy, no Triton). The words that the kernels read, int64, 
     tensors  [n_tensors, TENSOR_WORDS]  addresses of param and states, numel, group, signature
     chunks   [n_chunks]                 tensor index | first block << 32
 
-What changes often comes first, so that whatever a step must upload is one prefix: one copy.
+What changes often comes first, so that whatever a step must upload is one prefix: one copy. Tensors
+begin at whole SECTORs of memory; zeros fill the gap.
 A chunk is `blocks_per_chunk` blocks of one tensor; a program takes one block. So the list stays
 short while every program keeps one block and one code path. (Where a launch has several
 `blocks_per_program`, what one program takes counts as a block here.)
@@ -49,15 +50,20 @@ RATES = 4
 MAXIMIZE, DECOUPLED, CODES_SHIFT = 1, 2, 2
 SCALAR_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# words of a row of `tensors`
-PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, NUMEL, GROUP, SIGNATURE, STEP_IS_DOUBLE = range(9)
-MESH = 9  # tensors whose squares are added up over the same ranks have the same number
-MASTER = 10  # address of the remainder or the float32 copy, 0 = none
-EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, MAX_EXP_AVG_SQ_SCALE = range(11, 14)  # of 8-bit moments, else 0
-POSITION = 14  # among all params: what the random bits of two tensors differ by
+# Words of a row of `tensors`, in the order of need: programs wait for memory by the sector.
+SECTOR = 4  # words
+PARAM, EXP_AVG, EXP_AVG_SQ, NUMEL = range(4)
+SIGNATURE = 4  # its number in the table | UNALIGNED
+MASTER = 5  # address of the remainder or the float32 copy, 0 = none
+EXP_AVG_SCALE, EXP_AVG_SQ_SCALE = 6, 7  # of 8-bit moments, else 0
+MAX_EXP_AVG_SQ, MAX_EXP_AVG_SQ_SCALE = 8, 9
 # element i of a shard is element FIRST + i // INNER * INNER_WHOLE + i % INNER of the whole tensor
-FIRST, INNER, INNER_WHOLE = range(15, 18)
-TENSOR_WORDS = 18
+FIRST, INNER, INNER_WHOLE = range(10, 13)
+STEP, STEP_IS_DOUBLE, GROUP = range(13, 16)
+MESH = 16  # tensors whose squares are added up over the same ranks have the same number
+POSITION = 17  # among all params: what the random bits of two tensors differ by
+TENSOR_WORDS = 20  # whole sectors
+UNALIGNED = 1 << 32  # elements go one by one, wherever the gradient is
 
 # columns of the scalars that the schedule writes for each tensor; a row is 64 bytes in float32
 ACTIVE, GRAD_FACTOR, UNSCALE, W1, W2, RSQRT_BIAS2, EPSILON, NEG_STEP_SIZE, DECAY, L2 = range(10)
@@ -127,6 +133,11 @@ class Signature(NamedTuple):
         return torch.uint8 in (self.exp_avg, self.exp_avg_sq)
 
     @property
+    def random(self) -> bool:
+        """Whether something may be rounded stochastically."""
+        return self.stochastic or self.exp_avg_sq == torch.uint8
+
+    @property
     def bytes_per_element(self) -> float:
         """Bytes for one element: param, moments and master read and written, the gradient read."""
         moments = [self.exp_avg, *[self.exp_avg_sq] * (2 if self.amsgrad else 1)]
@@ -148,7 +159,7 @@ class Signature(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One tensor, as the table wants it: addresses, element count, group, formats."""
+    """One tensor, as the table wants it: a field for each word, of the same name."""
 
     param: int
     exp_avg: int
@@ -170,6 +181,13 @@ class Row(NamedTuple):
     inner_whole: int = 0
 
 
+_COLUMNS = [  # of a row's fields
+    *(PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, NUMEL, GROUP, SIGNATURE, STEP_IS_DOUBLE),
+    *(MESH, MASTER, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, MAX_EXP_AVG_SQ_SCALE),
+    *(POSITION, FIRST, INNER, INNER_WHOLE),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Frozen words of one device. `dataclasses.replace` the column that moved, keep the rest."""
@@ -186,9 +204,19 @@ class Table:
     parameters: LaunchParameters
 
     @property
+    def tensors_at(self) -> int:
+        """Where the rows of tensors begin."""
+        return -(-(len(self.groups) + len(self.grads)) // SECTOR) * SECTOR
+
+    @property
     def n_words(self) -> int:
         """Length of groups, grads, tensors and chunks together."""
-        return len(self.groups) + len(self.grads) + len(self.rest)
+        return self.tensors_at + len(self.rest)
+
+    def addresses(self, words: int) -> tuple[int, int, int]:
+        """Of grads, tensors and chunks where the words lie at an address."""
+        tensors = words + 8 * self.tensors_at
+        return words + 8 * len(self.groups), tensors, tensors + 8 * TENSOR_WORDS * self.n_tensors
 
     @property
     def n_chunks(self) -> int:
@@ -259,6 +287,21 @@ def programs_ahead(
     return of_chunk * max(1, round(parameters.prefetch * 1024 / of_program / of_chunk))
 
 
+def _unaligned(tensors: Words, signatures: Sequence[Signature]) -> npt.NDArray[np.bool_]:
+    """Of which tensors elements have to go one by one.
+
+    128-bit accesses want addresses that are multiples of 16; and the 8 elements that these access,
+    or two of them, have one hash for their random bits, so that they have to be a group of the
+    whole tensor's.
+    """
+    addresses = tensors[:, [PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, MASTER]]
+    places = tensors[:, [FIRST, INNER, INNER_WHOLE]]
+    random = np.array([s.random for s in signatures], dtype=bool)[tensors[:, SIGNATURE]]
+    unaligned: npt.NDArray[np.bool_] = np.bitwise_or.reduce(addresses, axis=1) % 16 != 0
+    unaligned |= random & (np.bitwise_or.reduce(places, axis=1) % RANDOM_GROUP != 0)
+    return unaligned
+
+
 def build(
     rows: Sequence[Row],
     grads: Words,
@@ -269,11 +312,12 @@ def build(
     """Lay out the rows. They must not overlap in memory: one launch updates all at once."""
     signatures = tuple(sorted({row.signature for row in rows}, key=str))
     code = {signature: i for i, signature in enumerate(signatures)}
-    tensors = np.array(
-        [[*row[:7], code[row.signature], *row[8:]] for row in rows],
-        dtype=np.int64,
-    ).reshape(len(rows), TENSOR_WORDS)
+    tensors = np.zeros((len(rows), TENSOR_WORDS), dtype=np.int64)
+    if rows:
+        tensors[:, _COLUMNS] = [[*row[:7], code[row.signature], *row[8:]] for row in rows]
     chunks, blocks_per_chunk = plan_chunks(tensors[:, NUMEL], parameters.elements)
+    ahead = programs_ahead(tensors, signatures, parameters, blocks_per_chunk)
+    tensors[:, SIGNATURE] += UNALIGNED * _unaligned(tensors, signatures)
     return Table(
         groups=frozen(groups),
         grads=frozen(grads),
@@ -281,7 +325,7 @@ def build(
         n_groups=n_groups,
         n_tensors=len(rows),
         blocks_per_chunk=blocks_per_chunk,
-        ahead=programs_ahead(tensors, signatures, parameters, blocks_per_chunk),
+        ahead=ahead,
         n_programs=len(chunks) * blocks_per_chunk,
         signatures=signatures,
         parameters=parameters,
@@ -315,7 +359,8 @@ def allocate(table: Table, device: torch.device) -> Memory:
 def write_words(table: Table, host: Tensor) -> None:
     """Write the first len(host) words of the table to `host`, int64 on the CPU."""
     words, at = host.numpy(), 0
-    for part in (table.groups, table.grads, table.rest):
+    gap = np.zeros(table.tensors_at - len(table.groups) - len(table.grads), dtype=np.int64)
+    for part in (table.groups, table.grads, gap, table.rest):
         size = min(len(part), len(words) - at)
         words[at : at + size] = part[:size]
         at += size

@@ -43,26 +43,31 @@ def _quotient(a, b, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def _average(old, new, weight, square_error):
+def _average(old, new, weight, difference, PLAIN: tl.constexpr):
     """old + (1-beta) * (new-old), kept one-sided: weight is 1-beta, or -beta where beta <= 1/2."""
-    return tl.fma(weight, square_error, tl.where(weight > 0, old, new))
+    return tl.fma(weight, difference, old if PLAIN else tl.where(weight > 0, old, new))
 
 
 @triton.jit
 def _adamw_update(
     p, g, m, v, v_max, w1, w2, rsqrt_bias2, eps, neg_step_size, decay, l2,
-    AMSGRAD: tl.constexpr, ARITHMETIC: tl.constexpr, LARGEST: tl.constexpr,
+    AMSGRAD: tl.constexpr, ARITHMETIC: tl.constexpr, LARGEST: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """One AdamW update of values in the compute dtype; the scalars are schedule.py's.
 
     The last value is what was added to p, before any rounding to p's own spacing.
+
+    LARGEST: number of the compute dtype, or 0 where v is below it as it is. PLAIN: l2 is 0, and the
+    weights are positive, as nearly everyone has them: the same bits, by 3 instructions less.
     """
-    g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
-    m = _average(m, g, w1, g - m)
+    if not PLAIN:
+        g = tl.where(l2 != 0, tl.fma(p, l2, g), g)
+    m = _average(m, g, w1, g - m, PLAIN)
     # An overflowed second moment counts as the largest number: inf - inf would be NaN. It still is
     # where g * g itself overflows with beta2 <= 1/2; a select against that costs 8 registers.
-    v = tl.minimum(v, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    v = _average(v, g * g, w2, tl.fma(g, g, v * -1.0))  # -v would be 0 - v, an instruction
+    if LARGEST != 0:
+        v = tl.minimum(v, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    v = _average(v, g * g, w2, tl.fma(g, g, v * -1.0), PLAIN)  # -v would be 0 - v, an instruction
     if AMSGRAD:
         v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
         d = _sqrt(v_max, ARITHMETIC) * rsqrt_bias2 + eps

@@ -6,6 +6,7 @@ many small tensors, and sizes stand at the edges of a vector (8) and of a block 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -314,7 +315,7 @@ def run_schedule(
         for group, x in counters
     ]
     grads = np.array(present or [True] * len(rows), dtype=np.int64) * t.EMPTY_GRAD
-    words, alive, _, rates = group_rows(groups, device)
+    words, alive, _, _, rates = group_rows(groups, device)
     if rates:  # then those of the table do not count
         words = words.copy()
         words.view(np.float64)[t.LR :: t.GROUP_WORDS] = float("nan")
@@ -621,3 +622,87 @@ def test_an_eps_without_a_reciprocal_is_divided_by_exactly(
     optimizer.step()
     assert launcher._whole.parameters.exact == exact
     assert torch.equal(p, before)
+
+
+def whole_parameters(optimizer: FusedAdamW) -> LaunchParameters:
+    """What the last step was launched with."""
+    (launcher,) = optimizer._launchers.values()
+    assert launcher._whole is not None
+    return launcher._whole.parameters
+
+
+@each(
+    ("options", "plain"),
+    [
+        pytest.param(lambda d: {}, True, id="default"),
+        pytest.param(lambda d: {"lr": torch.tensor(1e-3, device=d)}, True, id="lr on the device"),
+        pytest.param(
+            lambda d: {"weight_decay": 0.0, "maximize": True, "amsgrad": True}, True, id="others"
+        ),
+        pytest.param(lambda d: {"betas": (0.50001, 0.50001)}, True, id="above 1/2"),
+        pytest.param(lambda d: {"betas": (0.5, 0.999)}, False, id="beta1=1/2"),
+        pytest.param(lambda d: {"betas": (0.9, 0.5)}, False, id="beta2=1/2"),
+        pytest.param(
+            lambda d: {"betas": (torch.tensor(0.9, device=d), torch.tensor(0.999, device=d))},
+            False,
+            id="betas on the device",
+        ),
+        pytest.param(lambda d: {"decoupled_weight_decay": False}, False, id="L2"),
+        pytest.param(
+            lambda d: {"decoupled_weight_decay": False, "weight_decay": 0.0}, True, id="no L2"
+        ),
+    ],
+)
+def test_who_takes_the_shorter_way(
+    device: torch.device, options: Callable[[torch.device], dict[str, Any]], plain: bool
+) -> None:
+    """All groups together, as they are in each step."""
+    params = [Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = make([{"params": params[:1]}, {"params": params[1:], **options(device)}])
+    optimizer.step()
+    assert whole_parameters(optimizer).plain == plain
+    optimizer.param_groups[0]["betas"] = (0.1, 0.999)
+    optimizer.step()
+    assert not whole_parameters(optimizer).plain
+    optimizer.param_groups[0]["betas"] = (0.6, 0.99)
+    optimizer.step()
+    assert whole_parameters(optimizer).plain == plain
+
+
+@each("dtype", FLOATS, ids=str)
+@each("options", [{}, {"amsgrad": True}, {"state_dtype": "int8"}], ids=str)
+@each("master", [False, True], ids=["", "master"])
+def test_the_shorter_way_has_the_same_bits(
+    device: torch.device,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    master: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if dtype == torch.float64 and options.get("state_dtype") is not None:
+        pytest.skip("8-bit moments are computed in float32")
+    torch.manual_seed(0)
+    if dtype == torch.bfloat16:
+        options = {**options, "stochastic_rounding": not master}
+    start = [torch.randn(n, 64, device=device).to(dtype) for n in (3, 16, 17)]
+    start.append(torch.randn(13, device=device).to(dtype))
+    optimizers = []
+    for _ in range(2):
+        own = [Parameter(x.clone()) for x in start]
+        optimizers.append((own, make(own, lr=0.1, master_weights=master, **options)))
+    (short, shorter), (long, longer) = optimizers
+    rows = longer._hypers.rows
+    monkeypatch.setattr(longer._hypers, "rows", lambda *given: rows(*given)._replace(plain=False))
+    for _ in range(3):
+        for p, q in zip(short, long, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        shorter.step()
+        longer.step()
+    assert [whole_parameters(x).plain for x in (shorter, longer)] == [True, False]
+    for p, q in zip(short, long, strict=True):
+        assert same_bits(p, q)
+        for key, x in shorter.state[p].items():
+            assert same_bits(x, longer.state[q][key]), key

@@ -117,7 +117,7 @@ def _encode(
     if SIGNED:
         a, b = codecs._encode_signed(tl.load(x + i), PTX)
     else:
-        a, b = codecs._encode_unsigned(tl.load(x + i), tl.load(random + i).to(tl.uint32))
+        a, b = codecs._encode_unsigned(tl.load(x + i), tl.load(random + i).to(tl.uint32), PTX)
     tl.store(code + i, a)
     group = tl.arange(0, BLOCK // 8)
     tl.store(exponent + start // 64 + group // 8, b, mask=group % 8 == 0)

@@ -83,9 +83,9 @@ class Noted:
             optimizer.step()
         if as_compiled is not None:  # the update is the last launch
             self.asked = [(begin, begin + size) for begin, size in as_compiled.prefetched]
-        assert optimizer._plan is not None
-        (self.table,) = optimizer._plan.tables.values()
         (launcher,) = optimizer._launchers.values()
+        assert launcher._whole is not None
+        self.table = launcher._whole
         self.words, self.scalars, _ = launcher._memory
         assert self.table.blocks_per_chunk == per_chunk
 
@@ -126,7 +126,7 @@ def test_what_later_programs_read_is_asked_for(
         return chunk & 0xFFFFFFFF, (chunk >> 32) + program % per_chunk
 
     rows = table.rest[: table.n_tensors * t.TENSOR_WORDS].reshape(-1, t.TENSOR_WORDS)
-    kinds = [table.signatures[kind] for kind in rows[:, t.SIGNATURE]]
+    kinds = [table.signatures[kind] for kind in rows[:, t.SIGNATURE] & 0xFFFFFFFF]
 
     def asker(program: int, times: int) -> int | None:
         """The tensor of the program that is to ask, if that has vectors of its own."""
@@ -169,8 +169,8 @@ def test_what_later_programs_read_is_asked_for(
         assert per_chunk > 1 or UNALIGNED in checked
 
     # tables: the rows of tensors, and the list of chunks
-    grads = noted.words[table.n_groups * t.GROUP_WORDS :]
-    tensors = grads[table.n_tensors :]
+    grads = noted.words[len(table.groups) :]
+    tensors = noted.words[table.tensors_at :]
     chunks = tensors[table.n_tensors * t.TENSOR_WORDS :]
     for item, chunk in enumerate(table.chunks):
         if asker(item * per_chunk, 3) is not None:

@@ -213,7 +213,9 @@ def row(number: int, numel: int, signature: t.Signature, group: int = 0) -> t.Ro
     at = 4096 * (number + 1)
     amsgrad_at = at + 768 if signature.amsgrad else 0
     double = signature.compute == F64
-    return t.Row(at, at + 256, at + 512, amsgrad_at, at + 1024, numel, group, signature, double)
+    row = t.Row(at, at + 256, at + 512, amsgrad_at, at + 1024, numel, group, signature, double)
+    rest = {field: at + 1280 + 16 * i for i, field in enumerate(t.Row._fields[9:])}
+    return row._replace(**rest)
 
 
 PLAIN = t.Signature(F32, F32, F32, F32, False)
@@ -242,19 +244,66 @@ def test_words_are_where_the_kernels_read_them() -> None:
 
     groups, flat = np.split(flat, [2 * t.GROUP_WORDS])
     grads, flat = np.split(flat, [len(ROWS)])
+    gap, flat = np.split(flat, [table.tensors_at - 2 * t.GROUP_WORDS - len(ROWS)])
     tensors, chunks = np.split(flat, [len(ROWS) * t.TENSOR_WORDS])
+    assert gap.tolist() == [0]
+    assert table.tensors_at % t.SECTOR == t.TENSOR_WORDS % t.SECTOR == 0
+    assert table.addresses(0) == (
+        2 * t.GROUP_WORDS * 8,
+        table.tensors_at * 8,
+        (table.n_words - len(chunks)) * 8,
+    )
     assert groups.tolist() == list(range(7_000_000, 7_000_000 + 2 * t.GROUP_WORDS))
     assert grads.tolist() == [i << 20 for i in range(1, 6)]
     columns = tensors.reshape(len(ROWS), t.TENSOR_WORDS)
-    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "numel", "group"):
-        wanted = [getattr(r, name) for r in ROWS]
-        assert columns[:, getattr(t, name.upper())].tolist() == wanted, name
-    assert columns[:, t.STEP_IS_DOUBLE].tolist() == [0, 1, 0, 0, 0]
+    for name in t.Row._fields:
+        if name != "signature":
+            wanted = [getattr(r, name) for r in ROWS]
+            assert columns[:, getattr(t, name.upper())].tolist() == wanted, name
     for r, code in zip(ROWS, columns[:, t.SIGNATURE], strict=True):
         assert table.signatures[code] == r.signature
     assert chunks.tolist() == [0, 1, 1 | 1 << 32, 1 | 2 << 32, 3, 3 | 1 << 32, 4]
     assert (table.n_groups, table.n_tensors, table.n_programs) == (2, 5, 7)
     assert table.blocks_per_chunk == 1
+
+
+ROUNDED = MIXED._replace(stochastic=True)
+INT8 = MIXED._replace(exp_avg_sq=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("signature", "changed", "unaligned"),
+    [
+        pytest.param(MIXED, {}, False, id="aligned"),
+        *(
+            pytest.param(MIXED, {field: 8}, True, id=field)
+            for field in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+        ),
+        pytest.param(MIXED, {"step": 4, "position": 3, "exp_avg_sq_scale": 1}, False, id="others"),
+        pytest.param(MIXED, {"first": 3}, False, id="nothing random"),
+        pytest.param(ROUNDED, {"first": 24, "inner": 16, "inner_whole": 80}, False, id="groups"),
+        *(
+            pytest.param(signature, {field: 12}, True, id=f"{field} cuts a group, {name}")
+            for field in ("first", "inner", "inner_whole")
+            for name, signature in (("rounded", ROUNDED), ("8-bit", INT8))
+        ),
+    ],
+)
+def test_which_tensors_elements_go_one_by_one(
+    signature: t.Signature, changed: dict[str, int], unaligned: bool
+) -> None:
+    """Beside the number of their signature, which is not the first."""
+    odd = row(1, 9, signature)
+    odd = odd._replace(first=0, inner=0, inner_whole=0)._replace(
+        **{field: getattr(odd, field) // 16 * 16 + more for field, more in changed.items()}
+    )
+    table = make([row(0, 5, PLAIN), odd])
+    rows = table.rest[: 2 * t.TENSOR_WORDS].reshape(2, t.TENSOR_WORDS)
+    assert table.signatures.index(PLAIN) != table.signatures.index(signature)
+    assert [divmod(int(word), t.UNALIGNED) for word in rows[:, t.SIGNATURE]] == [
+        (0, table.signatures.index(PLAIN)),
+        (unaligned, table.signatures.index(signature)),
+    ]
 
 
 def test_signatures_are_shared_and_in_an_order_of_their_own() -> None:
@@ -285,7 +334,7 @@ def test_programs_count_whole_chunks() -> None:
 
 def test_a_table_without_tensors() -> None:
     table = make([], n_groups=1)
-    assert (table.n_words, table.n_tensors, table.n_programs) == (t.GROUP_WORDS, 0, 0)
+    assert (table.n_words, table.n_tensors, table.n_programs) == (table.tensors_at, 0, 0)
     assert table.signatures == ()
 
 
