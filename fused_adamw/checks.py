@@ -228,7 +228,12 @@ def check_memory(name: str, tensors: Mapping[str, Any]) -> None:
             )
 
 
-def _check_plain_state(key: str, name: str, x: Tensor) -> None:
+def _check_plain_state(key: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{key} of {name} is a {type(x).__name__}; it has to be a tensor. Load a whole "
+            "checkpoint of an AdamW optimizer, or delete optimizer.state[param] to start it anew."
+        )
     if _keeps_memory_elsewhere(x):
         raise TypeError(
             f"{key} of {name} is a {type(x).__name__}, a tensor subclass that keeps its memory "

@@ -156,7 +156,9 @@ def local_grads(params: Sequence[Tensor], name: Callable[[int], str]) -> LocalGr
             if grad.placements != p.placements:
                 grad = grad.redistribute(placements=p.placements)
                 result.moved[place] = grad
-        result.grads.append(None if grad is None else local_now(grad))
+        if grad is not None and (is_sharded(p) or not is_sharded(grad)):
+            grad = local_now(grad)
+        result.grads.append(grad)  # a plain param's DTensor is refused as it is
     return result
 
 
@@ -169,8 +171,25 @@ def replicated(x: Tensor, param: DTensor) -> DTensor:
     return made
 
 
+def whole_if_elsewhere(x: Tensor, param: Tensor) -> Tensor:
+    """The whole of a loaded DTensor that is not on the param's mesh, or x itself.
+
+    Raises:
+        RuntimeError: its mesh does not have this rank.
+    """
+    if not is_sharded(x) or (is_sharded(param) and x.device_mesh == param.device_mesh):
+        return x
+    if x.device_mesh.get_coordinate() is None:
+        raise RuntimeError(
+            f"A loaded state lies on {x.device_mesh}, which does not have rank "
+            f"{torch.distributed.get_rank()}. Save and load it by torch.distributed.checkpoint, or "
+            "whole (StateDictOptions(full_state_dict=True))."
+        )
+    return x.full_tensor()
+
+
 def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
-    """Part of a loaded state that lies on this rank, from a DTensor in any layout or the whole."""
+    """Part of a loaded state on this rank, from a DTensor on the mesh of the param or the whole."""
     if not is_sharded(param) or (not is_sharded(x) and x.shape != param.shape):
         return local_now(x)  # what does not fit is refused by its shape
     if not is_sharded(x):
@@ -178,6 +197,34 @@ def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
     if is_sharded(x) and x.placements != param.placements:
         x = x.redistribute(param.device_mesh, param.placements)
     return local_now(x)
+
+
+def check_state_lies_as(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
+    """Raise TypeError for a DTensor state that is cut in another way than its param.
+
+    Its part on this rank may be as large, and be of other elements all the same.
+    """
+    if _dtensor() is None:
+        return
+    for key, x in state.items():
+        if not is_sharded(x):
+            continue
+        if key == "step":
+            fits = all(where.is_replicate() for where in x.placements)
+        else:
+            fits = is_sharded(param) and (x.device_mesh, x.placements) == (
+                param.device_mesh,
+                param.placements,
+            )
+            fits &= x.shape == param.shape or key.endswith("_scale")
+        if not fits:
+            own = f"{param.placements} on {param.device_mesh}" if is_sharded(param) else "plain"
+            raise TypeError(
+                f"{key} of {name} is a DTensor of shape {tuple(x.shape)}, {x.placements} on "
+                f"{x.device_mesh}, but the param has shape {tuple(param.shape)} and is {own}; a "
+                "step is replicated. Lay it out as the param is (redistribute, full_tensor), or "
+                "call load_state_dict, which does so."
+            )
 
 
 def local_now(x: Tensor) -> Tensor:

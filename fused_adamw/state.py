@@ -22,6 +22,7 @@ from .shards import (
     local_of_loaded,
     local_state,
     replicated,
+    whole_if_elsewhere,
 )
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def own_state(
     Raises:
         RuntimeError, TypeError: a state that does not fit its param.
     """
+    _check_whole_shapes(state, groups)
     own: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     own.update({key: value for key, value in state.items() if not isinstance(key, Tensor)})
     steps: dict[torch.device, list[tuple[dict[str, Any], Any]]] = {}
@@ -180,9 +182,31 @@ def own_state(
     return own
 
 
+def _check_whole_shapes(state: Mapping[Any, Any], groups: Groups) -> None:
+    """Raise RuntimeError for a loaded DTensor of another shape than its param.
+
+    Of the whole, and of all before the first is laid out anew: parts of it may fit on some ranks,
+    and others would wait for those that raise.
+    """
+    for number, group in enumerate(groups):
+        for position, p in enumerate(group["params"]):
+            for key, x in state.get(p, {}).items():
+                if key not in STORED or key.endswith("_scale") or not isinstance(x, Loaded):
+                    continue
+                if is_sharded(x.tensor) and x.tensor.shape != p.shape:
+                    raise RuntimeError(
+                        f"{key} of {param_name(group, number, position)} in the checkpoint has "
+                        f"shape {tuple(x.tensor.shape)} but the param has {tuple(p.shape)}. Load "
+                        "the checkpoint of this model."
+                    )
+
+
 def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
     """A copied or loaded state as it lies on this rank; what was loaded in its device and dtype."""
     found: dict[str, Any] = {k: x.tensor for k, x in state.items() if isinstance(x, Loaded)}
+    for key in STORED:  # in one order on all ranks: this and laying out anew are collectives
+        if key in found:
+            found[key] = whole_if_elsewhere(found[key], param)
     if is_sharded(param):  # what is cut in another way than codes can be is decoded before
         for name in MOMENTS:
             code, scale = found.get(f"{name}_q"), found.get(f"{name}_scale")
@@ -197,7 +221,7 @@ def _loaded(storage: storing.Storage, state: Mapping[str, Any], param: Tensor) -
             del found[f"{name}_q"], found[f"{name}_scale"]
     if "step" in found:
         found["step"] = local_now(found["step"])
-    for key in STORED:  # in one order on all ranks: laying out anew is a collective
+    for key in STORED:
         if key not in found:
             continue
         x = local_of_loaded(found[key], param).detach().to(local(param).device)

@@ -354,3 +354,27 @@ def test_masters_are_not_synced_with_freed_params(device: torch.device) -> None:
     p.data.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="memory of .*" + FREED):
         adamw.resync_master_weights()
+
+
+@each("bad", [0.0, {"x": 1}, [1.0, 2.0]], ids=lambda x: type(x).__name__)
+@each("key", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_no_tensor(
+    device: torch.device, backend: Any, key: str, bad: object
+) -> None:
+    p = Parameter(torch.ones(3, device=device))
+    optimizer = FusedAdamW([p], backend=backend)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    right, before = optimizer.state[p][key], p.detach().clone()
+    optimizer.state[p][key] = bad
+    wanted = rf"^{key} of param_groups\[0\].* is a {type(bad).__name__}; it has to be a tensor"
+    saved = optimizer.state_dict()
+    other = FusedAdamW([p])
+    for act in (optimizer.step, lambda: other.load_state_dict(saved)):
+        with pytest.raises(TypeError, match=wanted):
+            act()
+    assert not other.state
+    assert torch.equal(p, before)
+    optimizer.state[p][key] = right
+    optimizer.step()
+    assert float(optimizer.state[p]["step"]) == 2

@@ -1,0 +1,200 @@
+"""What each rank of tests/test_layouts_across_ranks.py runs: processes import it by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import whole
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from truth import same_bits
+
+from fused_adamw import FusedAdamW
+from fused_adamw.shards import local, place_of, row_of_shard
+
+
+def stepped(p: Tensor, grad: Tensor, **options: Any) -> FusedAdamW:
+    """An optimizer of one param after a step."""
+    optimizer = FusedAdamW([p], lr=0.1, **options)
+    p.grad = grad
+    optimizer.step()
+    return optimizer
+
+
+def loaded_from_another_mesh(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """A checkpoint of a param on other meshes is gathered there, and laid out as the param is."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts: list[tuple[DeviceMesh, list[Any]]] = [
+        (grid["dp"], [Shard(0)]),
+        (grid["tp"], [Shard(0)]),
+        (grid, [Shard(0), Replicate()]),
+    ]
+    torch.manual_seed(0)
+    value, grad = torch.randn(2, *shape).bfloat16()
+    oracle = stepped(nn.Parameter(value.clone()), grad.clone(), **options)
+    (expected,) = oracle.state.values()
+    targets = [nn.Parameter(distribute_tensor(value.clone(), *x)) for x in layouts]
+    targets.append(nn.Parameter(value.clone()))
+    for mesh, placements in layouts:
+        source = nn.Parameter(distribute_tensor(value.clone(), mesh, placements))
+        saved = stepped(source, distribute_tensor(grad, mesh, placements), **options).state_dict()
+        for target in targets:
+            optimizer = FusedAdamW([target], lr=0.1, **options)
+            optimizer.load_state_dict(copy.deepcopy(saved))
+            for key, x in optimizer.state[target].items():
+                assert same_bits(whole(x), expected[key]), key
+                if isinstance(target, DTensor) and key != "step":
+                    assert (x.device_mesh, x.placements) == (target.device_mesh, target.placements)
+    first = DeviceMesh("cpu", [0])
+    source = nn.Parameter(distribute_tensor(value.clone(), first, [Shard(0)]))
+    saved = FusedAdamW([source], lr=0.1).state_dict()
+    saved["state"][0] = {
+        key: distribute_tensor(torch.ones(shape), first, [Shard(0)])
+        for key in ("exp_avg", "exp_avg_sq")
+    } | {"step": 1.0}
+    optimizer = FusedAdamW(targets[-1:])
+    if dist.get_rank():
+        with pytest.raises(RuntimeError, match="which does not have rank"):
+            optimizer.load_state_dict(saved)
+        assert not optimizer.state
+    else:
+        optimizer.load_state_dict(saved)
+
+
+def loaded_in_another_shape() -> None:
+    """It is refused by all ranks, though it fits on some, and before one waits for another."""
+    mesh = init_device_mesh("cpu", (4,))
+
+    def build(rows: int, cut: int) -> FusedAdamW:
+        params = [
+            nn.Parameter(distribute_tensor(torch.ones(x), mesh, [Shard(d)]))
+            for x, d in (((8, 8), cut), ((rows, 4), 0))
+        ]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = FusedAdamW(params)
+        optimizer.step()
+        return optimizer
+
+    optimizer = build(6, 0)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=r"shape \(5, 4\) but the param has \(6, 4\)"):
+        optimizer.load_state_dict(build(5, 1).state_dict())
+    for state, old in zip(optimizer.state.values(), before["state"].values(), strict=True):
+        assert all(same_bits(whole(x), whole(old[key])) for key, x in state.items())
+
+
+def states_by_hand(backend: Any) -> None:
+    """DTensors that are cut in another way than their param, or belong to none, are refused."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    own: list[Any] = [Shard(1), Shard(0)]
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), grid, own))
+    q = nn.Parameter(torch.ones(4, 4))
+    optimizer = FusedAdamW([p, q], lr=0.1, backend=backend)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+
+    def lying(mesh: DeviceMesh, *placements: Any, rows: int = 4) -> Tensor:
+        return DTensor.from_local(
+            torch.ones(2, 2), mesh, placements, shape=torch.Size((rows, 4)), stride=(4, 1)
+        )
+
+    twin = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    everywhere = distribute_tensor(torch.ones(4, 4), grid, [Replicate(), Replicate()])
+    partial = DTensor.from_local(torch.ones(()), grid, [Partial(), Replicate()])
+    for param, key, wrong in (
+        (p, "exp_avg", lying(grid, Shard(0), Shard(1))),
+        (p, "exp_avg_sq", lying(twin, *own)),
+        (p, "exp_avg_sq", lying(grid, *own, rows=3)),
+        (p, "step", partial),
+        (q, "exp_avg", everywhere),
+        (q, "step", partial),
+    ):
+        right = optimizer.state[param][key]
+        before = [local(x.detach()).clone() for x in (p, q)]
+        steps = [float(optimizer.state[x]["step"]) for x in (p, q) if x is not param]
+        optimizer.state[param][key] = wrong
+        for _ in range(2):
+            with pytest.raises(TypeError, match=f"{key} of .* is a DTensor of shape"):
+                optimizer.step()
+        optimizer.state[param][key] = right
+        assert all(torch.equal(local(x), old) for x, old in zip((p, q), before, strict=True))
+        assert steps == [float(optimizer.state[x]["step"]) for x in (p, q) if x is not param]
+        optimizer.step()
+    optimizer.state[p]["step"] = distribute_tensor(
+        torch.tensor(3.0), grid, [Replicate(), Replicate()]
+    )
+    optimizer.step()
+    assert float(optimizer.state[p]["step"]) == 4
+
+
+def gradients(backend: Any) -> None:
+    """A plain param's DTensor is refused beside DTensors, too; a collective is waited for."""
+    mesh = init_device_mesh("cpu", (4,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    q = nn.Parameter(torch.ones(4))
+    optimizer = FusedAdamW([p, q], lr=0.1, weight_decay=0.0, backend=backend)
+    for step in range(3):
+        pending = all_reduce(torch.ones(1), "sum", dist.group.WORLD)
+        p.grad = DTensor.from_local(pending, mesh, [Shard(0)], run_check=False)
+        q.grad = all_reduce(torch.ones(4), "sum", dist.group.WORLD)
+        optimizer.step()
+        torch.testing.assert_close(local(p.detach()), torch.full((1,), 0.9 - 0.1 * step))
+        torch.testing.assert_close(q.detach(), torch.full((4,), 0.9 - 0.1 * step))
+        kept = q.grad
+        q.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+        with pytest.raises(TypeError, match="is a DTensor while the param is a plain tensor"):
+            optimizer.step()
+        q.grad = kept
+        assert optimizer.state[p]["step"] == step + 1
+
+
+def places() -> None:
+    """Where the elements of shards of two dimensions lie, and what of a row each rank has."""
+    grid = init_device_mesh("cpu", (2, 2))
+    line = init_device_mesh("cpu", (4,))
+    index = torch.arange(3 * 4 * 6).view(3, 4, 6)
+    for mesh, placements in (
+        (grid, [Shard(0), Shard(2)]),
+        (grid, [Shard(2), Shard(0)]),
+        (grid, [Shard(1), Replicate()]),
+        (line, [Shard(2)]),
+    ):
+        x = distribute_tensor(index, mesh, placements)
+        place, here = place_of("x", x), local(x).flatten()
+        i = torch.arange(len(here))
+        if place.inner:
+            i = i // place.inner * place.inner_whole + i % place.inner
+        assert torch.equal(place.first + i, here), placements
+
+    def row(shape: Sequence[int], mesh: DeviceMesh, *placements: Any) -> int:
+        return row_of_shard(distribute_tensor(torch.zeros(*shape), mesh, placements))
+
+    assert row((2, 8, 128), line, Shard(1)) == 2 * 128
+    assert row((2, 6, 128), line, Shard(1)) == 0
+    assert row((2, 6, 128), grid, Shard(1), Replicate()) == 3 * 128
+    assert row((2, 6, 128), grid, Shard(1), Shard(1)) == 0
+
+
+def gathered_options() -> None:
+    """Options of groups are of kinds that torch gathers and offloads."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for given in (torch.float32, (torch.bfloat16, "int8"), "int8"):
+        layer = nn.Linear(64, 4, bias=False).bfloat16()
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+        optimizer = FusedAdamW(layer.parameters(), state_dtype=given)  # type: ignore[arg-type]
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+        for full, offload in ((True, False), (False, True), (True, True)):
+            options = StateDictOptions(full_state_dict=full, cpu_offload=offload)
+            saved = get_optimizer_state_dict(layer, optimizer, options=options)
+            if dist.get_rank() == 0 or not (full and offload):  # else it is the first rank's alone
+                assert saved["state"]
