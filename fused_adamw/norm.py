@@ -45,8 +45,9 @@ def check_clipping(max_grad_norm: object, skip_nonfinite: object) -> Clipping:
     if max_grad_norm is None:
         return Clipping(None, True) if skip_nonfinite else _NONE
     on_device = isinstance(max_grad_norm, Tensor) and max_grad_norm.device.type != "cpu"
+    unwanted = on_device or isinstance(max_grad_norm, (str, bytes))  # which float() would take
     try:
-        number = math.nan if on_device else float(max_grad_norm)  # type: ignore[arg-type]
+        number = math.nan if unwanted else float(max_grad_norm)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
     if not number > 0:
@@ -79,6 +80,13 @@ def ranks_of(params: Iterable[Tensor], given: Any) -> list[Ranks]:
 
 def _ranks_of_sharded(mesh: Any, placements: Sequence[Any], given: Any) -> Ranks:
     own = set(mesh.mesh.flatten().tolist())
+    all_given = set() if given is None else set(torch.distributed.get_process_group_ranks(given))
+    if 1 < len(own & all_given) < len(all_given):  # on all ranks that have this, none waits
+        raise ValueError(
+            f"A DTensor lies on ranks {sorted(own)}, and grad_norm_group has {sorted(all_given)}: "
+            "some of these hold parts of it, some other params. Pass a group that has one rank of "
+            "each mesh (a pipeline's), or only ranks of the mesh."
+        )
     if mesh.get_coordinate() is None:
         if given is None:
             raise ValueError(
@@ -95,24 +103,41 @@ def _ranks_of_sharded(mesh: Any, placements: Sequence[Any], given: Any) -> Ranks
     )
     if given is None:
         return Ranks(groups, False)
-    all_given = set(torch.distributed.get_process_group_ranks(given))
-    if 1 < len(own & all_given) < len(all_given):
-        raise ValueError(
-            f"A DTensor lies on ranks {sorted(own)}, and grad_norm_group has {sorted(all_given)}: "
-            "some of these hold parts of it, some other params. Pass a group that has one rank of "
-            "each mesh (a pipeline's), or only ranks of the mesh."
-        )
     return Ranks(groups, not all_given <= own)
 
 
 def numbered(
     params: Sequence[Tensor], wanted: bool, given: Any
 ) -> tuple[dict[Ranks, int], list[int]]:
-    """Numbers for the sets of ranks, as the params have them first, and for each param its own."""
+    """Numbers for the sets of ranks, as the params have them first, and for each param its own.
+
+    Raises:
+        ValueError: as `ranks_of`, or what is given is no process group.
+    """
+    if wanted and given is not None and not isinstance(given, torch.distributed.ProcessGroup):
+        raise ValueError(
+            f"Invalid grad_norm_group: {given!r} (want a process group that has this rank, or "
+            "None; new_group returns something else to ranks that are not in it)"
+        )
     nowhere = Ranks((), False)
     ranks = ranks_of(params, given) if wanted else [nowhere] * len(params)
     numbers: dict[Ranks, int] = {}
     return numbers, [numbers.setdefault(one, len(numbers)) for one in ranks]
+
+
+def copies_of(params: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Process groups whose ranks hold copies of DTensors, as the params have them."""
+    layouts = dict.fromkeys((p.device_mesh, p.placements) for p in params if is_sharded(p))
+    return tuple(
+        dict.fromkeys(
+            mesh.get_group(dimension)
+            for mesh, placements in layouts
+            for dimension, placement in enumerate(placements)
+            if placement.is_replicate()
+            and mesh.size(dimension) > 1
+            and mesh.get_coordinate() is not None
+        )
+    )
 
 
 def add_up(
@@ -120,6 +145,7 @@ def add_up(
     devices: Sequence[torch.device],
     given: Any,
     found_inf: Tensor | None,
+    copies: Sequence[Any] = (),
 ) -> dict[torch.device, Tensor]:
     """Sums of squares of all gradients everywhere, float64, to be added up, on each device.
 
@@ -127,14 +153,18 @@ def add_up(
     then, on every rank whatever it holds, the given one's.
 
     A sum that is not finite goes into those of all others, too. NaN in a plain gradient on one rank
-    would else skip the step there alone, and the shards of its DTensors would part.
+    would else skip the step there alone, and the shards of its DTensors would part; so would their
+    copies, which are told before the given group, where there is something that they cannot know.
 
     parts: for each set of ranks the sums of this one's devices. found_inf: where it is not 0, the
-    sum of all ranks is infinite.
+    sum of all ranks is infinite. copies: `copies_of` all params.
     """
     home = devices[0]
     groups = list(dict.fromkeys(group for ranks in parts for group in ranks.mesh))
-    alone = not groups and given is None
+    told = [group for group in copies if group not in groups]
+    if found_inf is None and all(ranks.mesh for ranks in parts):
+        told = []
+    alone = not groups and not told and given is None
     if alone and len(devices) == 1 and [len(sums) for sums in parts.values()] == [1]:
         return {home: next(iter(parts.values()))[0]}  # no operation: the schedule adds them up
     nothing = torch.zeros(1, dtype=torch.float64, device=home)
@@ -150,6 +180,10 @@ def add_up(
         joined = torch.cat([totals[ranks] for ranks in joint]) + _not_finite(others)
         torch.distributed.all_reduce(joined, group=group)
         totals.update(zip(joint, joined.chunk(len(joint)), strict=True))
+    for group in told:
+        bad = _not_finite(list(totals.values())) + nothing
+        torch.distributed.all_reduce(bad, group=group)
+        totals = {ranks: total + bad for ranks, total in totals.items()}
     here = [total for ranks, total in totals.items() if not ranks.given]
     if given is not None:
         there = _added([nothing, *(total for ranks, total in totals.items() if ranks.given)])

@@ -82,10 +82,10 @@ class FusedAdamW(Optimizer):
             moments up or down at random, so that small updates are not lost on average.
         state_dtype: how moments are stored: None in the dtype of what is updated (float32 where
             there is a master, else the param's, as torch does); ``torch.float32``,
-            ``torch.bfloat16`` or ``"int8"`` (blockwise, 1.02 bytes each); a pair for ``exp_avg``
-            and ``exp_avg_sq``. ``"int8"`` is for row-major params whose rows, ``[1:]``, are whole
-            blocks of 64, and plain vectors of 65,536 elements or more; others, as norms and biases,
-            keep float32.
+            ``torch.bfloat16`` (in groups by name, as ``"bfloat16"``) or ``"int8"`` (blockwise, 1.02
+            bytes each); a pair for ``exp_avg`` and ``exp_avg_sq``. ``"int8"`` is for row-major
+            params whose rows, ``[1:]``, are whole blocks of 64, and plain vectors of 65,536
+            elements or more; others, as norms and biases, keep float32.
         seed: of the random bits of stochastic rounding and of 8-bit second moments. They depend on
             it, the step, the param's position and the element's in the whole param alone, so
             replicas and shards agree (FSDP1's and ZeRO-1's on an equal number of ranks). Loaded
@@ -161,6 +161,8 @@ class FusedAdamW(Optimizer):
             defaults.update(stored)
         check_group(defaults, min_lr=0.0)
         defaults["betas"] = _scalar_betas(betas)
+        if "state_dtype" in defaults:
+            defaults["state_dtype"] = storing.named(state_dtype)
         check_clipping(max_grad_norm, skip_nonfinite)
         _check_backend(backend)
         self.backend: Backend = backend
@@ -259,7 +261,10 @@ class FusedAdamW(Optimizer):
                     if isinstance(x := p[1] if isinstance(p, tuple) else p, Tensor):
                         check_plain(f"parameter {position} of the new group", x)
         super().add_param_group(param_group)
-        self.param_groups[-1]["betas"] = _scalar_betas(self.param_groups[-1]["betas"])
+        added = self.param_groups[-1]
+        added["betas"] = _scalar_betas(added["betas"])
+        if "state_dtype" in added:
+            added["state_dtype"] = storing.named(added["state_dtype"])
         self._say_who_unscales()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -439,6 +444,7 @@ class FusedAdamW(Optimizer):
             on_kernel,
             grads_here,
             meshes,
+            norming.copies_of(members.params) if with_norm else (),
             norm_over,
             self.backend,
             before=plan,
@@ -471,7 +477,7 @@ class FusedAdamW(Optimizer):
         if not everywhere:  # this rank has nothing to update, but others wait for its part
             params = flat(self.param_groups)
             everywhere = [local(params[0]).device if params else norming.device_of(group)]
-        return norming.add_up(own, everywhere, group, found_inf)
+        return norming.add_up(own, everywhere, group, found_inf, plan.copies)
 
     def _own_sums(
         self,
@@ -533,7 +539,8 @@ class FusedAdamW(Optimizer):
         is right whatever the share.
 
         They are those of whole params: DTensors are added up over their mesh, replicas counted
-        once, so that every rank has to call this. Complex elements count as two. Zeros for a group
+        once, and all over ``grad_norm_group``, so that every rank has to call this, and those of
+        the group need as many param groups. Complex elements count as two. Zeros for a group
         without such params, after a load, and where a skipped step was the first of some param. On
         GPUs float32 squares are added: numbers below 1e-22 count as 0, above 1e19 as infinity.
         """
@@ -546,10 +553,9 @@ class FusedAdamW(Optimizer):
         }
         if self.group_metrics:
             params = flat(self.param_groups)
-            device = local(params[0]).device if params else torch.device("cpu")
-            found |= measuring.read(
-                self._telemetry, self.param_groups, device, self.grad_norm_group
-            )
+            given = self.grad_norm_group
+            device = local(params[0]).device if params else norming.device_of(given)
+            found |= measuring.read(self._telemetry, self.param_groups, device, given)
         return found
 
     @torch.no_grad()

@@ -47,6 +47,7 @@ class Plan:
     rows: Mapping[int, t.Row]  # of the tables, by place
     tables: dict[torch.device, t.Table]
     meshes: Mapping[Ranks, int]  # numbers of the sets of ranks that hold parts of gradients
+    copies: tuple[Any, ...]  # process groups: norm.py's `copies_of`
     norm_over: tuple[bool, Any]  # for which they were made: with a norm or not, its group
     backend: str  # for which the tables were made
 
@@ -126,6 +127,7 @@ def make_plan(
     on_kernel: Collection[torch.device],
     grads_here: Grads | None,
     meshes: Mapping[Ranks, int],
+    copies: tuple[Any, ...],
     norm_over: tuple[bool, Any],
     backend: str,
     before: Plan | None,
@@ -184,6 +186,7 @@ def make_plan(
             for device in on_kernel
         },
         meshes=meshes,
+        copies=copies,
         norm_over=norm_over,
         backend=backend,
     )

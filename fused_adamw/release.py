@@ -352,12 +352,13 @@ class GradientRelease:
         params = flat(self._optimizer.param_groups)
         group = self._optimizer.grad_norm_group
         # in an order that all ranks share, whichever buckets each has updated
-        meshes, _ = norming.numbered([*self._former, *params], True, group)
+        all_params = [*self._former, *params]
+        meshes, _ = norming.numbered(all_params, True, group)
         parts = {ranks: self._own_sums.get(ranks, []) for ranks in meshes}
         devices = list(dict.fromkeys(local(p).device for p in params))
         used_here(x for sums in parts.values() for x in sums)
         # cloned: they may lie where the next step writes its own before it reads these
-        added = norming.add_up(parts, devices, group, None)
+        added = norming.add_up(parts, devices, group, None, norming.copies_of(all_params))
         sums = {d: x.clone() for d, x in added.items()}
         self._optimizer._make_metrics(devices)
         for device, total in sums.items():

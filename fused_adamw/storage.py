@@ -24,7 +24,7 @@ from .kernels import table as t
 from .layouts import same_strides
 from .shards import is_sharded, row_of_shard
 
-StateDtype: TypeAlias = torch.dtype | Literal["int8"] | None
+StateDtype: TypeAlias = torch.dtype | Literal["int8", "float32", "bfloat16"] | None
 OPTIONS: dict[str, Any] = {  # of a group, and their defaults
     "master_weights": False,
     "stochastic_rounding": False,
@@ -37,6 +37,8 @@ _DTYPES: dict[Any, torch.dtype | None] = {
     None: None,
     torch.float32: torch.float32,
     torch.bfloat16: torch.bfloat16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
     "int8": torch.uint8,
 }
 
@@ -63,6 +65,16 @@ def state_dtypes(given: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
             "torch.float32, torch.bfloat16 or 'int8', or a pair of them for exp_avg and exp_avg_sq)"
         ) from None
     return first, second
+
+
+def named(given: Any) -> Any:
+    """A valid `state_dtype` as groups keep it: by name, since torch gathers no dtypes.
+
+    `get_optimizer_state_dict` raises for them where it gathers or offloads.
+    """
+    if isinstance(given, (tuple, list)):
+        return tuple(map(named, given))
+    return str(given).removeprefix("torch.") if isinstance(given, torch.dtype) else given
 
 
 def check_options(group: Mapping[str, Any]) -> None:

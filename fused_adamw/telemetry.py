@@ -71,8 +71,10 @@ def follow(before: Telemetry | None, plan: Plan) -> Telemetry:
     measures = {}
     for device, layout in layouts.items():
         if before is not None and before.layouts.get(device) == layout:
-            measures[device] = before.measures[device]
-            continue
+            pairs = ((before.params[place], plan.params[place]) for place in layout.places)
+            if all(one is other for one, other in pairs):
+                measures[device] = before.measures[device]
+                continue
         if is_capturing(device):
             raise RuntimeError(
                 "FusedAdamW.step() with group_metrics cannot be captured in a CUDA graph yet: its "

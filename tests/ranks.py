@@ -337,6 +337,16 @@ def measure_parts() -> None:
     rms = torch.tensor((0.999**2 + 1.999**2) / 2, dtype=torch.float64).sqrt()
     torch.testing.assert_close(metrics["param_rms"][1], rms, rtol=1e-6, atol=0)
 
+    # in one group: the DTensor is whole by itself, the plain parts are added to it
+    mixed = FusedAdamW([{"params": [p, q]}], group_metrics=True, weight_decay=0.0)
+    mixed.grad_norm_group = dist.group.WORLD
+    p.grad = torch.ones_like(p)
+    mixed.step()
+    world = dist.get_world_size()
+    values = [p.full_tensor(), *(torch.full((3,), q[0].item() + i - rank) for i in range(world))]
+    rms = torch.cat(values).detach().double().square().mean().sqrt()
+    torch.testing.assert_close(mixed.metrics()["param_rms"][0], rms, rtol=1e-6, atol=0)
+
 
 class Net(nn.Module):
     """Sizes that no number of ranks divides, and params smaller than the number of ranks."""

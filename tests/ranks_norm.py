@@ -128,6 +128,20 @@ def mesh_of_other_ranks() -> None:
     optimizer.step()
     assert optimizer.metrics()["grad_norm"].item() == 4.0
 
+    p = nn.Parameter(distribute_tensor(torch.ones(8), DeviceMesh("cpu", [0, 1]), [Shard(0)]))
+    optimizer = FusedAdamW([p], max_grad_norm=1.0, grad_norm_group=dist.group.WORLD)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="some of these hold parts of it"):  # on all ranks
+        optimizer.step()
+    q = nn.Parameter(torch.ones(2))
+    alone = FusedAdamW([q], max_grad_norm=1.0, grad_norm_group=dist.new_group([0]))
+    q.grad = torch.ones(2)
+    if dist.get_rank():
+        with pytest.raises(ValueError, match="want a process group that has this rank"):
+            alone.step()
+    else:
+        alone.step()
+
 
 def group_over_the_mesh_itself() -> None:
     """DTensors on the given group's ranks are whole by themselves; plain parts are added to them.
@@ -282,6 +296,41 @@ def not_finite_on_one_of_four() -> None:
             optimizer.step()
             assert all(torch.equal(local(p.detach()), torch.ones_like(local(p))) for p in params)
         assert optimizer.metrics()["skipped_steps"].item() == 2
+
+
+def not_finite_beside_copies(backend: str) -> None:
+    """HSDP's other copies are told what a plain gradient or a scaler has found, if there is any."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    layout = [Replicate(), Shard(0)]
+    sharded = nn.Parameter(distribute_tensor(torch.ones(8), mesh, layout))
+    plain = nn.Parameter(torch.ones(4))
+    bad = dist.get_rank() == 0
+    for params, found, collectives_made in (
+        ([sharded, plain], None, 2),
+        ([sharded, plain], 0.0, 2),
+        ([sharded], 2.0, 2),
+        ([sharded], None, 1),
+    ):
+        optimizer: Any = FusedAdamW(params, backend=backend, skip_nonfinite=True)  # type: ignore[arg-type]
+        sharded.grad, plain.grad = torch.ones_like(sharded), torch.ones(4)
+        skips = found is None and len(params) == 2
+        if skips and bad:
+            plain.grad[0] = torch.nan
+        if found is not None:
+            optimizer.found_inf = torch.tensor(found * bad)
+            skips = found > 0
+        before = local(sharded.detach()).clone()
+        with collectives() as made:
+            optimizer.step()
+        assert len(made) == collectives_made
+        assert torch.equal(local(sharded.detach()), before) == skips
+        assert optimizer.metrics()["skipped_steps"].item() == skips
+    # a group is told what one copy has found
+    optimizer = FusedAdamW([sharded], skip_nonfinite=True, grad_norm_group=dist.group.WORLD)
+    sharded.grad = torch.ones_like(sharded)
+    local(sharded.grad).fill_(math.nan if bad else 1.0)
+    optimizer.step()
+    assert optimizer.metrics()["skipped_steps"].item() == 1
 
 
 def error_on_one_rank() -> None:

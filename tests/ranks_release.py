@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import OPTIONS, Net, backward, fsdp, whole
+from ranks_norm import collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -158,3 +159,27 @@ def partial_gradients() -> None:
             optimizer.step()
         assert_same(net, twin, released, plain)
     assert [len(bucket) for bucket in release.buckets] == [2, 1], "last and expert, first"
+
+
+def no_collective_unless_clipped() -> None:
+    """FSDP2's own are in backward; the end of an iteration asks other ranks for a norm alone."""
+    net = fsdp()
+    for clips in (False, True):
+        limit = 0.05 if clips else None
+        optimizer = FusedAdamW(net.parameters(), max_grad_norm=limit)
+        with release_gradients(optimizer, clip_by_last_norm=clips):
+            for step in range(2):
+                backward(net, step)
+                with collectives() as made:
+                    optimizer.step()
+                assert len(made) == clips
+
+
+def plain_params_alone() -> None:
+    """A process group of one rank reduces nothing."""
+    net = Net()
+    optimizer = FusedAdamW(net.parameters())
+    release_gradients(optimizer)
+    backward(net, 0)
+    optimizer.step()
+    assert all(p.grad is None for p in net.parameters())

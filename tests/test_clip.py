@@ -354,7 +354,7 @@ def test_copies_keep_the_options_and_checkpoints_leave_them_out(device: torch.de
     assert optimizer.max_grad_norm == 0.25
 
 
-@each("bad", [0, -1.0, math.nan, "one", torch.ones(2)], ids=str)
+@each("bad", [0, -1.0, math.nan, "one", "1.0", b"1", torch.ones(2)], ids=str)
 def test_bad_norms_are_refused(device: torch.device, bad: Any) -> None:
     p = Parameter(torch.ones(3, device=device))
     with pytest.raises(ValueError, match="Invalid max_grad_norm"):
@@ -393,3 +393,16 @@ def test_where_a_rank_without_params_takes_part(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: served)
     assert norm.device_of(object()) == torch.device(home)
+
+
+def test_a_rank_without_params_measures_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = torch.device("meta")
+    monkeypatch.setattr(norm, "device_of", lambda given: elsewhere)
+    optimizer = FusedAdamW([{"params": []}], max_grad_norm=1.0, group_metrics=True)
+    assert optimizer.metrics()["update_rms"].device == elsewhere
+
+
+def test_without_any_param(device: torch.device, backend: Any) -> None:
+    optimizer = FusedAdamW([{"params": []}], max_grad_norm=1.0, backend=backend)
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"] == 0

@@ -292,6 +292,19 @@ def test_a_skipped_step_leaves_the_metrics(device: torch.device, backend: Any, h
     expected.check(adamw.metrics())
 
 
+def test_a_param_in_anothers_place_has_no_metrics_before_its_step(
+    device: torch.device, backend: Any
+) -> None:
+    p, q = (torch.nn.Parameter(torch.full((4,), x, device=device)) for x in (1.0, 5.0))
+    adamw = FusedAdamW([p], group_metrics=True, skip_nonfinite=True, backend=backend)
+    p.grad = torch.ones_like(p)
+    adamw.step()
+    adamw.param_groups[0]["params"][0] = q
+    q.grad = torch.full_like(q, math.nan)
+    adamw.step()  # skipped
+    assert [adamw.metrics()[name].tolist() for name in NAMES] == [[0.0]] * 3
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter's, of those lanes
 def test_lanes_past_the_end_do_not_count(device: torch.device, backend: Any) -> None:
     """Without eps they are 0 / 0 in the interpreter; on GPUs what they load is anything."""

@@ -62,5 +62,10 @@ def test_not_finite_on_one_rank() -> None:
     )
 
 
+def test_not_finite_beside_copies() -> None:
+    backends = ["reference"] if torch.cuda.is_available() else ["reference", "triton"]
+    on_ranks(4, in_turn, [(ranks.not_finite_beside_copies, backend) for backend in backends])
+
+
 def test_error_on_one_rank() -> None:
     on_ranks(2, ranks.error_on_one_rank)

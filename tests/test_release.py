@@ -456,6 +456,42 @@ def test_groups_that_change(device: torch.device, backend: Any) -> None:
     assert all(p.grad is None for p in flat(released))
 
 
+def test_a_param_replaced_by_another_object(device: torch.device, backend: Any) -> None:
+    """As who resizes an embedding does: the new one's gradients are released from then on."""
+    p, q = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    optimizer = FusedAdamW([p], backend=backend, lr=0.1, weight_decay=0.0)
+    release_gradients(optimizer, 1)
+    p.sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = q
+    for step in range(2):
+        q.sum().backward()
+        optimizer.step()
+        assert q.grad is None
+        torch.testing.assert_close(q.detach(), torch.full_like(q, 0.9 - 0.1 * step))
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 0.9))
+
+
+def test_a_gradient_that_another_hook_has_taken(device: torch.device, backend: Any) -> None:
+    p, q = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    taken: list[Tensor] = []
+
+    def take(x: Tensor) -> None:
+        assert x.grad is not None
+        taken.append(x.grad)
+        x.grad = None
+
+    p.register_post_accumulate_grad_hook(take)
+    optimizer = FusedAdamW([p, q], backend=backend, lr=0.1, weight_decay=0.0)
+    release_gradients(optimizer, 1)
+    for _ in range(2):
+        (p.sum() + q.sum()).backward()
+        optimizer.step()
+    assert len(taken) == 2
+    assert torch.equal(p, torch.ones_like(p))
+    torch.testing.assert_close(q.detach(), torch.full_like(q, 0.8))
+
+
 def test_a_param_that_left_arrives_first(device: torch.device) -> None:
     """Under FSDP2, which runs a param's hooks itself: they must not change then."""
     p, q = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
@@ -696,8 +732,14 @@ def test_hsdp() -> None:
         ranks_release.refused,
         ranks_release.local_models,
         ranks_release.partial_gradients,
+        ranks_release.no_collective_unless_clipped,
     ],
     ids=lambda x: x.__name__,
 )
 def test_two_ranks(scenario: Callable[[], None]) -> None:
     on_ranks(2, scenario)
+
+
+@needs_gloo
+def test_plain_params_on_one_rank() -> None:
+    on_ranks(1, ranks_release.plain_params_alone)
