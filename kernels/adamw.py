@@ -422,8 +422,11 @@ def compile_for(
 
 
 def _arguments(table: t.Table, memory: t.Memory, rows: Tensor | None) -> tuple[object, ...]:
+    words, (grads, tensors, chunks) = memory.words.data_ptr(), table.offsets
     return (
-        *table.addresses(memory.words.data_ptr()),
+        words + grads,
+        words + tensors,
+        words + chunks,
         memory.scalars,
         memory.scalars64,
         rows,

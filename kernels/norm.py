@@ -85,12 +85,15 @@ def _sum_squares(
 
 def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor, mesh: int = 0) -> None:
     """Write each program's sum of squares to `sums`, float64 [table.n_sums]; all to be added."""
+    at, (grads, tensors, chunks) = words.data_ptr(), table.offsets
     front.launch(
         _sum_squares,
         ("norm", table.signatures, table.parameters),
         table.n_sums,
         (
-            *table.addresses(words.data_ptr()),
+            at + grads,
+            at + tensors,
+            at + chunks,
             sums,
             table.n_chunks,
             table.blocks_per_chunk,

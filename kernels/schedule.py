@@ -268,9 +268,11 @@ def schedule(
     [n_tensors], where to write how many elements are updated unless the step is skipped; or None.
     rates: `pack_rates` of the lrs of all groups, or () where those of the table count.
     """
+    words, (grads, tensors, _) = memory.words.data_ptr(), table.offsets
     arguments = (
         memory.words,
-        *table.addresses(memory.words.data_ptr())[:2],
+        words + grads,
+        words + tensors,
         memory.scalars,
         memory.scalars64,
         grad_scale,

@@ -213,10 +213,11 @@ class Table:
         """Length of groups, grads, tensors and chunks together."""
         return self.tensors_at + len(self.rest)
 
-    def addresses(self, words: int) -> tuple[int, int, int]:
-        """Of grads, tensors and chunks where the words lie at an address."""
-        tensors = words + 8 * self.tensors_at
-        return words + 8 * len(self.groups), tensors, tensors + 8 * TENSOR_WORDS * self.n_tensors
+    @functools.cached_property
+    def offsets(self) -> tuple[int, int, int]:
+        """Bytes from the first word to grads, tensors and chunks."""
+        tensors = 8 * self.tensors_at
+        return 8 * len(self.groups), tensors, tensors + 8 * TENSOR_WORDS * self.n_tensors
 
     @property
     def n_chunks(self) -> int:

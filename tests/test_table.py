@@ -248,7 +248,7 @@ def test_words_are_where_the_kernels_read_them() -> None:
     tensors, chunks = np.split(flat, [len(ROWS) * t.TENSOR_WORDS])
     assert gap.tolist() == [0]
     assert table.tensors_at % t.SECTOR == t.TENSOR_WORDS % t.SECTOR == 0
-    assert table.addresses(0) == (
+    assert table.offsets == (
         2 * t.GROUP_WORDS * 8,
         table.tensors_at * 8,
         (table.n_words - len(chunks)) * 8,

@@ -70,7 +70,7 @@ def test_candidates_are_few_reasoned_and_can_be_launched() -> None:
         if lanes == 32:
             assert launched[0] == LaunchParameters()
             assert len(set(launched)) == len(launched)
-            for field in LaunchParameters._fields:
+            for field in set(LaunchParameters._fields) - {"plain"}:  # as hyper-parameters are
                 assert len({getattr(p, field) for p in launched}) > 1, f"{field} is never varied"
     assert tune.DEFAULT.parameters("gfx942") == stored.launch_parameters("gfx942")
 
