@@ -34,8 +34,8 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
     construct = min_lr == 0
 
     def value(x: Any, what: str) -> float | None:
-        if isinstance(x, (str, bytes)):  # which float() would take
-            raise TypeError(f"Invalid {what}: {x!r} (want a number)")
+        if isinstance(x, (str, bytes, np.ndarray)):  # float() takes them; arrays change in place
+            raise TypeError(f"Invalid {what}: {x!r} (want a number or a Tensor)")
         if isinstance(x, Tensor):
             replicated = is_sharded(x) and all(where.is_replicate() for where in x.placements)
             if _keeps_memory_elsewhere(x) and not replicated:
@@ -46,7 +46,10 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
             if x.numel() != 1:
                 raise ValueError(f"Tensor {what} must be 1-element, but it has {x.numel()}")
             return float(x.detach()) if construct or x.device.type == "cpu" else None
-        return float(x)
+        try:
+            return float(x)
+        except OverflowError:  # of an int
+            return math.inf
 
     lr, (beta1, beta2) = group["lr"], group["betas"]
     if isinstance(beta1, Tensor) != isinstance(beta2, Tensor):

@@ -119,7 +119,7 @@ class Hypers:
             if rates == self._rates:
                 return
             # as schedulers leave them
-            if set(map(type, rates)) <= {float, int} and all(map(math.isfinite, rates)):
+            if set(map(type, rates)) == {float} and all(map(math.isfinite, rates)):
                 self._rows = {device: rows.with_rates(rates) for device, rows in self._rows.items()}
                 self._rates = rates
                 return

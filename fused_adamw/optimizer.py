@@ -222,6 +222,8 @@ class FusedAdamW(Optimizer):
             for key, value in defaults.items():
                 group.setdefault(key, value)
             group["betas"] = _scalar_betas(group["betas"])
+            if "state_dtype" in group:
+                group["state_dtype"] = storing.named(group["state_dtype"])
             check_group(group)
         kept = stating.own_state(state["state"], state["param_groups"], step_dtype())
         super().__setstate__({**state, "state": kept})

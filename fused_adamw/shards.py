@@ -171,20 +171,23 @@ def replicated(x: Tensor, param: DTensor) -> DTensor:
     return made
 
 
-def whole_if_elsewhere(x: Tensor, param: Tensor) -> Tensor:
-    """The whole of a loaded DTensor that is not on the param's mesh, or x itself.
+def in_reach(x: DTensor, param: Tensor) -> bool:
+    """Whether every rank that has the param can have all of a loaded DTensor."""
+    if is_sharded(param) and x.device_mesh == param.device_mesh:
+        return True
+    if all(where.is_replicate() for where in x.placements):
+        return x.device_mesh.get_coordinate() is not None
+    if is_sharded(param):
+        wanted = set(param.device_mesh.mesh.flatten().tolist())
+    else:
+        wanted = set(range(torch.distributed.get_world_size()))
+    return wanted <= set(x.device_mesh.mesh.flatten().tolist())
 
-    Raises:
-        RuntimeError: its mesh does not have this rank.
-    """
+
+def whole_if_elsewhere(x: Tensor, param: Tensor) -> Tensor:
+    """The whole of a loaded DTensor that is not on the param's mesh, or x itself."""
     if not is_sharded(x) or (is_sharded(param) and x.device_mesh == param.device_mesh):
         return x
-    if x.device_mesh.get_coordinate() is None:
-        raise RuntimeError(
-            f"A loaded state lies on {x.device_mesh}, which does not have rank "
-            f"{torch.distributed.get_rank()}. Save and load it by torch.distributed.checkpoint, or "
-            "whole (StateDictOptions(full_state_dict=True))."
-        )
     return x.full_tensor()
 
 

@@ -16,6 +16,7 @@ from .checks import MOMENTS, STORED, check_memory, check_state, param_name
 from .layouts import FLOATS, dense_copy, is_dense
 from .shards import (
     as_param,
+    in_reach,
     is_sharded,
     local,
     local_now,
@@ -156,7 +157,7 @@ def own_state(
     Raises:
         RuntimeError, TypeError: a state that does not fit its param.
     """
-    _check_whole_shapes(state, groups)
+    _check_dtensors(state, groups)
     own: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     own.update({key: value for key, value in state.items() if not isinstance(key, Tensor)})
     steps: dict[torch.device, list[tuple[dict[str, Any], Any]]] = {}
@@ -182,22 +183,28 @@ def own_state(
     return own
 
 
-def _check_whole_shapes(state: Mapping[Any, Any], groups: Groups) -> None:
-    """Raise RuntimeError for a loaded DTensor of another shape than its param.
+def _check_dtensors(state: Mapping[Any, Any], groups: Groups) -> None:
+    """Raise RuntimeError for a loaded DTensor of another shape than its param, or out of reach.
 
-    Of the whole, and of all before the first is laid out anew: parts of it may fit on some ranks,
-    and others would wait for those that raise.
+    As a whole, and all of them before the first is laid out anew: parts may fit on some ranks, and
+    others would wait for those that raise.
     """
     for number, group in enumerate(groups):
         for position, p in enumerate(group["params"]):
             for key, x in state.get(p, {}).items():
-                if key not in STORED or key.endswith("_scale") or not isinstance(x, Loaded):
+                if key not in STORED or not isinstance(x, Loaded) or not is_sharded(x.tensor):
                     continue
-                if is_sharded(x.tensor) and x.tensor.shape != p.shape:
+                what = f"{key} of {param_name(group, number, position)} in the checkpoint"
+                if x.tensor.shape != p.shape and not key.endswith("_scale"):
                     raise RuntimeError(
-                        f"{key} of {param_name(group, number, position)} in the checkpoint has "
-                        f"shape {tuple(x.tensor.shape)} but the param has {tuple(p.shape)}. Load "
-                        "the checkpoint of this model."
+                        f"{what} has shape {tuple(x.tensor.shape)} but the param has "
+                        f"{tuple(p.shape)}. Load the checkpoint of this model."
+                    )
+                if not in_reach(x.tensor, p):
+                    raise RuntimeError(
+                        f"{what} lies on {x.tensor.device_mesh}, which does not have all ranks "
+                        "that the param is on. Save and load it by torch.distributed.checkpoint, "
+                        "or whole (StateDictOptions(full_state_dict=True))."
                     )
 
 

@@ -33,15 +33,16 @@ def loaded_from_another_mesh(options: dict[str, Any], shape: tuple[int, ...]) ->
     """A checkpoint of a param on other meshes is gathered there, and laid out as the param is."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     layouts: list[tuple[DeviceMesh, list[Any]]] = [
-        (grid["dp"], [Shard(0)]),
-        (grid["tp"], [Shard(0)]),
+        (init_device_mesh("cpu", (4,)), [Shard(0)]),
         (grid, [Shard(0), Replicate()]),
+        (grid["dp"], [Replicate()]),  # each has it whole
     ]
+    parts: list[tuple[DeviceMesh, list[Any]]] = [(grid["dp"], [Shard(0)]), (grid, [Shard(0)] * 2)]
     torch.manual_seed(0)
     value, grad = torch.randn(2, *shape).bfloat16()
     oracle = stepped(nn.Parameter(value.clone()), grad.clone(), **options)
     (expected,) = oracle.state.values()
-    targets = [nn.Parameter(distribute_tensor(value.clone(), *x)) for x in layouts]
+    targets = [nn.Parameter(distribute_tensor(value.clone(), *x)) for x in (*layouts, parts[0])]
     targets.append(nn.Parameter(value.clone()))
     for mesh, placements in layouts:
         source = nn.Parameter(distribute_tensor(value.clone(), mesh, placements))
@@ -53,20 +54,33 @@ def loaded_from_another_mesh(options: dict[str, Any], shape: tuple[int, ...]) ->
                 assert same_bits(whole(x), expected[key]), key
                 if isinstance(target, DTensor) and key != "step":
                     assert (x.device_mesh, x.placements) == (target.device_mesh, target.placements)
-    first = DeviceMesh("cpu", [0])
-    source = nn.Parameter(distribute_tensor(value.clone(), first, [Shard(0)]))
-    saved = FusedAdamW([source], lr=0.1).state_dict()
-    saved["state"][0] = {
-        key: distribute_tensor(torch.ones(shape), first, [Shard(0)])
-        for key in ("exp_avg", "exp_avg_sq")
-    } | {"step": 1.0}
-    optimizer = FusedAdamW(targets[-1:])
-    if dist.get_rank():
-        with pytest.raises(RuntimeError, match="which does not have rank"):
-            optimizer.load_state_dict(saved)
-        assert not optimizer.state
-    else:
-        optimizer.load_state_dict(saved)
+
+
+def loaded_out_of_reach() -> None:
+    """Where some rank of the param cannot have all of a state, none waits for those that raise."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    line = init_device_mesh("cpu", (4,))
+
+    def build(mesh: DeviceMesh | None, cut: int) -> FusedAdamW:
+        values = torch.ones(8, 8), torch.ones(8, 8)
+        first = values[0] if mesh is None else distribute_tensor(values[0], mesh, [Shard(0)])
+        # laying this one out anew is a collective
+        second = distribute_tensor(values[1], line, [Shard(cut)])
+        return FusedAdamW([nn.Parameter(first), nn.Parameter(second)])
+
+    for source, target in (
+        (DeviceMesh("cpu", [0, 1]), line),
+        (DeviceMesh("cpu", [0, 1]), None),
+        (grid["dp"], grid["tp"]),
+        (grid["dp"], None),
+    ):
+        saver, loader = build(source, 1), build(target, 0)
+        for p in saver.param_groups[0]["params"]:
+            moments = {key: torch.ones_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            saver.state[p] = {"step": torch.ones(()), **moments}
+        with pytest.raises(RuntimeError, match="which does not have all ranks"):
+            loader.load_state_dict(saver.state_dict())
+        assert not loader.state
 
 
 def loaded_in_another_shape() -> None:
@@ -190,11 +204,20 @@ def gathered_options() -> None:
     for given in (torch.float32, (torch.bfloat16, "int8"), "int8"):
         layer = nn.Linear(64, 4, bias=False).bfloat16()
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
-        optimizer = FusedAdamW(layer.parameters(), state_dtype=given)  # type: ignore[arg-type]
-        layer.weight.grad = torch.ones_like(layer.weight)
-        optimizer.step()
-        for full, offload in ((True, False), (False, True), (True, True)):
-            options = StateDictOptions(full_state_dict=full, cpu_offload=offload)
-            saved = get_optimizer_state_dict(layer, optimizer, options=options)
-            if dist.get_rank() == 0 or not (full and offload):  # else it is the first rank's alone
-                assert saved["state"]
+        group = {"params": layer.parameters(), "state_dtype": given}
+        assigned = FusedAdamW(layer.parameters(), state_dtype="int8")
+        assigned.param_groups[0]["state_dtype"] = given
+        for optimizer in (
+            FusedAdamW(layer.parameters(), state_dtype=given),  # type: ignore[arg-type]
+            FusedAdamW([group]),
+            copy.deepcopy(assigned),
+        ):
+            (p,) = optimizer.param_groups[0]["params"]
+            layer.weight = p  # the copy's is another
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            for full, offload in ((True, False), (False, True), (True, True)):
+                options = StateDictOptions(full_state_dict=full, cpu_offload=offload)
+                saved = get_optimizer_state_dict(layer, optimizer, options=options)
+                if dist.get_rank() == 0 or not (full and offload):  # it is the first rank's alone
+                    assert saved["state"]

@@ -11,7 +11,7 @@ from ranks import OPTIONS, Net, backward, fsdp, whole
 from ranks_norm import collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fused_adamw import FusedAdamW, release_gradients
 
@@ -183,3 +183,17 @@ def plain_params_alone() -> None:
     backward(net, 0)
     optimizer.step()
     assert all(p.grad is None for p in net.parameters())
+
+
+def not_finite_beside_copies() -> None:
+    """HSDP's other copies learn of a norm that a plain gradient has made NaN."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    layout = [Replicate(), Shard(0)]
+    sharded = nn.Parameter(distribute_tensor(torch.ones(8), mesh, layout))
+    plain = nn.Parameter(torch.ones(4))
+    optimizer = FusedAdamW([sharded, plain], max_grad_norm=1.0)
+    release_gradients(optimizer, clip_by_last_norm=True, local_gradients=True)
+    scale = torch.nan if dist.get_rank() == 0 else 1.0
+    (sharded.sum().to_local() + scale * plain.sum()).backward()  # type: ignore[attr-defined]
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"].isnan()

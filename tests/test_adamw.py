@@ -624,6 +624,25 @@ def test_an_eps_without_a_reciprocal_is_divided_by_exactly(
     assert torch.equal(p, before)
 
 
+@each("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each("skip", [1, 2, 4, 8])
+def test_a_gradient_alone_is_not_aligned(
+    device: torch.device, dtype: torch.dtype, skip: int
+) -> None:
+    """By 2 to 32 bytes, 8 among them: 128-bit accesses want 16."""
+    results = []
+    for moved in (skip, 0):
+        torch.manual_seed(0)
+        p = Parameter(torch.randn(64, device=device).to(dtype))
+        optimizer = make([p], lr=0.1)
+        for _ in range(2):
+            memory = torch.empty(64 + skip, device=device, dtype=dtype)
+            p.grad = memory[moved : moved + 64].copy_(torch.randn(64))
+            optimizer.step()
+        results.append(p.detach())
+    assert same_bits(*results)
+
+
 def whole_parameters(optimizer: FusedAdamW) -> LaunchParameters:
     """What the last step was launched with."""
     (launcher,) = optimizer._launchers.values()

@@ -378,3 +378,27 @@ def test_a_moment_that_is_no_tensor(
     optimizer.state[p][key] = right
     optimizer.step()
     assert float(optimizer.state[p]["step"]) == 2
+
+
+@each(
+    ("bad", "error", "words"),
+    [
+        (torch.ones(()).numpy(), TypeError, r"Invalid lr: array\(1\., dtype=float32\)"),
+        (10**400, ValueError, "Invalid learning rate: 1000"),
+    ],
+    ids=["array", "large int"],
+)
+def test_numbers_that_are_none(
+    device: torch.device, bad: Any, error: type[Exception], words: str
+) -> None:
+    p = Parameter(torch.ones(3, device=device))
+    with pytest.raises(error, match=words):
+        FusedAdamW([p], lr=bad)
+    optimizer = FusedAdamW([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["lr"] = bad
+    with pytest.raises(error, match=words):
+        optimizer.step()
+    assert torch.equal(p, before)

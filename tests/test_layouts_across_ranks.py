@@ -27,8 +27,8 @@ def test_loaded_from_another_mesh() -> None:
     on_ranks(4, in_turn, [(ranks.loaded_from_another_mesh, *x) for x in kinds])
 
 
-def test_loaded_in_another_shape() -> None:
-    on_ranks(4, ranks.loaded_in_another_shape)
+def test_loaded_in_another_shape_or_out_of_reach() -> None:
+    on_ranks(4, in_turn, [(ranks.loaded_in_another_shape,), (ranks.loaded_out_of_reach,)])
 
 
 def test_states_and_gradients() -> None:

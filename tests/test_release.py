@@ -741,5 +741,10 @@ def test_two_ranks(scenario: Callable[[], None]) -> None:
 
 
 @needs_gloo
+def test_not_finite_beside_copies() -> None:
+    on_ranks(4, ranks_release.not_finite_beside_copies)
+
+
+@needs_gloo
 def test_plain_params_on_one_rank() -> None:
     on_ranks(1, ranks_release.plain_params_alone)
