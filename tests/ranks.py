@@ -480,7 +480,7 @@ def load_what_is_on_a_mesh() -> None:
         saved = copy.deepcopy(optimizer.state_dict())
         state = saved["state"][0]
         state["step"] = distribute_tensor(state["step"], mesh, [Replicate()])
-        state["exp_avg"] = all_reduce(state["exp_avg"], "avg", dist.group.WORLD)
+        state["exp_avg"] = all_reduce(state["exp_avg"], "max", dist.group.WORLD)
         optimizer.load_state_dict(saved)
         optimizer.step()
     torch.testing.assert_close(*params)
