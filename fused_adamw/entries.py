@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import storage as storing
-from .checks import check_tensors, is_freed, is_started, param_name, refuse_overlaps
+from .checks import STORED, check_tensors, is_freed, is_started, param_name, refuse_overlaps
 from .layouts import GradLayout, dense_copy, grad_layout, is_dense, same_strides
 from .shards import Place, check_state_lies_as, local, local_state, place_of
 from .storage import Storage
@@ -108,7 +108,7 @@ def make_entries(
             name = param_name(group, number, position)
             at = group["positions"][position] if "positions" in group else place
             here = local(p)
-            check_state_lies_as(name, p, kept)
+            check_state_lies_as(name, p, kept, STORED)
             check_tensors(name, here, grad, local_state(kept))
             storing.check_storage(name, here, group)
             storage = storing.storage_of(group, p)

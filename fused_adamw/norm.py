@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,10 +46,10 @@ def check_clipping(max_grad_norm: object, skip_nonfinite: object) -> Clipping:
     if max_grad_norm is None:
         return Clipping(None, True) if skip_nonfinite else _NONE
     on_device = isinstance(max_grad_norm, Tensor) and max_grad_norm.device.type != "cpu"
-    unwanted = on_device or isinstance(max_grad_norm, (str, bytes))  # which float() would take
+    unwanted = on_device or isinstance(max_grad_norm, (str, bytes, np.ndarray))  # as checks.py
     try:
         number = math.nan if unwanted else float(max_grad_norm)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not number > 0:
         raise ValueError(
@@ -150,20 +151,18 @@ def add_up(
     """Sums of squares of all gradients everywhere, float64, to be added up, on each device.
 
     One collective a process group: those of the meshes in the order in which the params have them,
-    then, on every rank whatever it holds, the given one's.
+    then those of their copies, and, on every rank whatever it holds, the given one's.
 
     A sum that is not finite goes into those of all others, too. NaN in a plain gradient on one rank
-    would else skip the step there alone, and the shards of its DTensors would part; so would their
-    copies, which are told before the given group, where there is something that they cannot know.
+    would else skip the step there alone, and shards of its DTensors would part, or their copies.
 
     parts: for each set of ranks the sums of this one's devices. found_inf: where it is not 0, the
     sum of all ranks is infinite. copies: `copies_of` all params.
     """
     home = devices[0]
     groups = list(dict.fromkeys(group for ranks in parts for group in ranks.mesh))
+    # whatever is in them: what this rank holds besides, others may not, and would not be there
     told = [group for group in copies if group not in groups]
-    if found_inf is None and all(ranks.mesh for ranks in parts):
-        told = []
     alone = not groups and not told and given is None
     if alone and len(devices) == 1 and [len(sums) for sums in parts.values()] == [1]:
         return {home: next(iter(parts.values()))[0]}  # no operation: the schedule adds them up

@@ -8,7 +8,7 @@ another way than its parameter.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
@@ -172,11 +172,10 @@ def replicated(x: Tensor, param: DTensor) -> DTensor:
 
 
 def in_reach(x: DTensor, param: Tensor) -> bool:
-    """Whether every rank that has the param can have all of a loaded DTensor."""
-    if is_sharded(param) and x.device_mesh == param.device_mesh:
-        return True
-    if all(where.is_replicate() for where in x.placements):
-        return x.device_mesh.get_coordinate() is not None
+    """Whether a loaded DTensor's mesh has all ranks of the param's, or of a plain param all ranks.
+
+    A plain param of a pipeline's stage may be on fewer; it cannot be told from here.
+    """
     if is_sharded(param):
         wanted = set(param.device_mesh.mesh.flatten().tolist())
     else:
@@ -202,10 +201,13 @@ def local_of_loaded(x: Tensor, param: Tensor) -> Tensor:
     return local_now(x)
 
 
-def check_state_lies_as(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
-    """Raise TypeError for a DTensor state that is cut in another way than its param.
+def check_state_lies_as(
+    name: str, param: Tensor, state: Mapping[str, Any], keys: Collection[str]
+) -> None:
+    """Raise TypeError for a DTensor state of AdamW's that is cut in another way than its param.
 
-    Its part on this rank may be as large, and be of other elements all the same.
+    Its part on this rank may be as large, and be of other elements all the same. keys: of states,
+    besides the step.
     """
     if _dtensor() is None:
         return
@@ -214,12 +216,14 @@ def check_state_lies_as(name: str, param: Tensor, state: Mapping[str, Any]) -> N
             continue
         if key == "step":
             fits = all(where.is_replicate() for where in x.placements)
-        else:
+        elif key in keys:
             fits = is_sharded(param) and (x.device_mesh, x.placements) == (
                 param.device_mesh,
                 param.placements,
             )
             fits &= x.shape == param.shape or key.endswith("_scale")
+        else:  # the user's own
+            continue
         if not fits:
             own = f"{param.placements} on {param.device_mesh}" if is_sharded(param) else "plain"
             raise TypeError(

@@ -203,7 +203,7 @@ def _check_dtensors(state: Mapping[Any, Any], groups: Groups) -> None:
                 if not in_reach(x.tensor, p):
                     raise RuntimeError(
                         f"{what} lies on {x.tensor.device_mesh}, which does not have all ranks "
-                        "that the param is on. Save and load it by torch.distributed.checkpoint, "
+                        "that load it. Save and load it by torch.distributed.checkpoint, "
                         "or whole (StateDictOptions(full_state_dict=True))."
                     )
 

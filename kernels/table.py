@@ -203,7 +203,7 @@ class Table:
     signatures: tuple[Signature, ...]  # sorted: the kernel is specialised on them
     parameters: LaunchParameters
 
-    @property
+    @functools.cached_property
     def tensors_at(self) -> int:
         """Where the rows of tensors begin."""
         return -(-(len(self.groups) + len(self.grads)) // SECTOR) * SECTOR

@@ -58,7 +58,7 @@ def _adamw_update(
     The last value is what was added to p, before any rounding to p's own spacing.
 
     LARGEST: number of the compute dtype, or 0 where v is below it as it is. PLAIN: l2 is 0, and the
-    weights are positive, as nearly everyone has them: the same bits, by 3 instructions less.
+    weights are positive, as nearly everyone has them: the same bits, by 2 to 4 instructions less.
     """
     if not PLAIN:
         g = tl.where(l2 != 0, tl.fma(p, l2, g), g)

@@ -35,7 +35,7 @@ def loaded_from_another_mesh(options: dict[str, Any], shape: tuple[int, ...]) ->
     layouts: list[tuple[DeviceMesh, list[Any]]] = [
         (init_device_mesh("cpu", (4,)), [Shard(0)]),
         (grid, [Shard(0), Replicate()]),
-        (grid["dp"], [Replicate()]),  # each has it whole
+        (grid, [Replicate(), Replicate()]),
     ]
     parts: list[tuple[DeviceMesh, list[Any]]] = [(grid["dp"], [Shard(0)]), (grid, [Shard(0)] * 2)]
     torch.manual_seed(0)
@@ -63,13 +63,15 @@ def loaded_out_of_reach() -> None:
 
     def build(mesh: DeviceMesh | None, cut: int) -> FusedAdamW:
         values = torch.ones(8, 8), torch.ones(8, 8)
-        first = values[0] if mesh is None else distribute_tensor(values[0], mesh, [Shard(0)])
+        layout = [Replicate() if mesh is grid else Shard(0)] * (1 if mesh is None else mesh.ndim)
+        first = values[0] if mesh is None else distribute_tensor(values[0], mesh, layout)
         # laying this one out anew is a collective
         second = distribute_tensor(values[1], line, [Shard(cut)])
         return FusedAdamW([nn.Parameter(first), nn.Parameter(second)])
 
     for source, target in (
         (DeviceMesh("cpu", [0, 1]), line),
+        (DeviceMesh("cpu", [0, 1]), grid),
         (DeviceMesh("cpu", [0, 1]), None),
         (grid["dp"], grid["tp"]),
         (grid["dp"], None),
@@ -143,6 +145,7 @@ def states_by_hand(backend: Any) -> None:
         assert all(torch.equal(local(x), old) for x, old in zip((p, q), before, strict=True))
         assert steps == [float(optimizer.state[x]["step"]) for x in (p, q) if x is not param]
         optimizer.step()
+    optimizer.state[p]["own"] = everywhere  # the user's: none of ours
     optimizer.state[p]["step"] = distribute_tensor(
         torch.tensor(3.0), grid, [Replicate(), Replicate()]
     )

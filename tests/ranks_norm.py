@@ -299,7 +299,7 @@ def not_finite_on_one_of_four() -> None:
 
 
 def not_finite_beside_copies(backend: str) -> None:
-    """HSDP's other copies are told what a plain gradient or a scaler has found, if there is any."""
+    """HSDP's other copies are told what a plain gradient or a scaler has found."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
     layout = [Replicate(), Shard(0)]
     sharded = nn.Parameter(distribute_tensor(torch.ones(8), mesh, layout))
@@ -309,7 +309,7 @@ def not_finite_beside_copies(backend: str) -> None:
         ([sharded, plain], None, 2),
         ([sharded, plain], 0.0, 2),
         ([sharded], 2.0, 2),
-        ([sharded], None, 1),
+        ([sharded], None, 2),
     ):
         optimizer: Any = FusedAdamW(params, backend=backend, skip_nonfinite=True)  # type: ignore[arg-type]
         sharded.grad, plain.grad = torch.ones_like(sharded), torch.ones(4)
@@ -325,6 +325,30 @@ def not_finite_beside_copies(backend: str) -> None:
         assert len(made) == collectives_made
         assert torch.equal(local(sharded.detach()), before) == skips
         assert optimizer.metrics()["skipped_steps"].item() == skips
+    # what else a rank holds, others need not: none waits
+    own: list[Tensor] = [sharded, plain] if bad else [sharded]
+    for group in (None, dist.group.WORLD):
+        optimizer = FusedAdamW(own, backend=backend, max_grad_norm=1.0, grad_norm_group=group)  # type: ignore[arg-type]
+        sharded.grad, plain.grad = torch.ones_like(sharded), torch.ones(4)
+        optimizer.step()
+    # each copy's own experts are on another mesh; params that are nothing but copies
+    expert = nn.Parameter(distribute_tensor(torch.ones(4), mesh["shards"], [Shard(0)]))
+    replica = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate(), Replicate()]))
+    for params, odd in (([sharded, expert], expert), ([replica], replica)):
+        optimizer = FusedAdamW(params, backend=backend, skip_nonfinite=True)  # type: ignore[arg-type]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        assert odd.grad is not None
+        local(odd.grad).fill_(math.nan if bad else 1.0)
+        optimizer.step()
+        assert optimizer.metrics()["skipped_steps"].item() == 1
+    # a mesh without this rank has no groups here
+    first = DeviceMesh("cpu", [0, 1])
+    alone = nn.Parameter(distribute_tensor(torch.ones(4), first, [Replicate()]))
+    optimizer = FusedAdamW([alone, plain], max_grad_norm=1.0)
+    optimizer.grad_norm_group = mesh["copies"].get_group()
+    plain.grad = torch.ones(4)
+    optimizer.step()
     # a group is told what one copy has found
     optimizer = FusedAdamW([sharded], skip_nonfinite=True, grad_norm_group=dist.group.WORLD)
     sharded.grad = torch.ones_like(sharded)

@@ -354,7 +354,11 @@ def test_copies_keep_the_options_and_checkpoints_leave_them_out(device: torch.de
     assert optimizer.max_grad_norm == 0.25
 
 
-@each("bad", [0, -1.0, math.nan, "one", "1.0", b"1", torch.ones(2)], ids=str)
+@each(
+    "bad",
+    [0, -1.0, math.nan, "one", "1.0", b"1", 10**400, torch.ones(()).numpy(), torch.ones(2)],
+    ids=str,
+)
 def test_bad_norms_are_refused(device: torch.device, bad: Any) -> None:
     p = Parameter(torch.ones(3, device=device))
     with pytest.raises(ValueError, match="Invalid max_grad_norm"):
