@@ -80,7 +80,7 @@ for name in $parts; do
         ;;
     train) timed train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
     ncu)
-        for format in fp32 bf16 bf16+master+int8; do
+        for format in fp32 bf16 bf16+int8 bf16+master+int8; do
             timed "ncu-$format" 30 ncu --clock-control none --kernel-name regex:_adamw --launch-skip 1 \
                 --launch-count 1 --section SpeedOfLight --section Occupancy --section LaunchStats \
                 --section MemoryWorkloadAnalysis --section WarpStateStats \
