@@ -71,6 +71,8 @@ def group_rows(
             if isinstance(x, Tensor):
                 values[i], addresses[i], code = _scalar(x, device, alive)
                 flags |= code << (t.CODES_SHIFT + 2 * i)
+            else:
+                values[i] = float(x)
         values += float(group["eps"]), float(group["weight_decay"])
         exact |= 0 < values[t.EPS] < 2.0**-126 or values[t.EPS] > 2.0**125
         # of betas on the device there are zeros here

@@ -359,12 +359,12 @@ def allocate(table: Table, device: torch.device) -> Memory:
 
 def write_words(table: Table, host: Tensor) -> None:
     """Write the first len(host) words of the table to `host`, int64 on the CPU."""
-    words, at = host.numpy(), 0
-    gap = np.zeros(table.tensors_at - len(table.groups) - len(table.grads), dtype=np.int64)
-    for part in (table.groups, table.grads, gap, table.rest):
-        size = min(len(part), len(words) - at)
-        words[at : at + size] = part[:size]
-        at += size
+    words, tensors_at = host.numpy(), table.tensors_at
+    words[len(table.groups) + len(table.grads) : tensors_at] = 0
+    starts = 0, len(table.groups), tensors_at
+    for at, part in zip(starts, (table.groups, table.grads, table.rest), strict=True):
+        if at < len(words):
+            words[at : at + len(part)] = part[: len(words) - at]
 
 
 def stale_words(table: Table, uploaded: Table | None) -> int:
