@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .hypers import GroupRows
 from .kernels import table as t
-from .kernels.front import Front
+from .kernels.front import Front, Launched
+from .kernels.launch_parameters import LaunchParameters
 from .norm import Clipping
 
 MIN_TRITON = (3, 6)
@@ -26,6 +27,7 @@ class Kernels(NamedTuple):
     norm: ModuleType
     schedule: ModuleType
     adamw: ModuleType
+    driver: Any  # triton.runtime's
 
 
 def load_kernels(device: torch.device) -> Kernels:
@@ -57,28 +59,31 @@ def load_kernels(device: torch.device) -> Kernels:
             "backend='triton' runs CPU tensors only under Triton's interpreter: set "
             "TRITON_INTERPRET=1 before triton is imported, or use backend='auto'."
         )
-    return Kernels(norm, schedule, adamw)
+    return Kernels(norm, schedule, adamw, triton.runtime.driver)
+
+
+_HERE = contextlib.nullcontext()
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it the device is the current one, as Triton has it; _HERE if it is already."""
+    if device.type == "cpu":
+        return _HERE
+    module = torch.get_device_module(device)
+    if module.current_device() == device.index:  # as it nearly always is
+        return _HERE
+    context: contextlib.AbstractContextManager[Any] = module.device(device)
+    return context
 
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a CUDA graph."""
     if device.type != "cuda":
         return False
-    if torch.cuda.current_device() == device.index:  # as it nearly always is
+    if torch.cuda.current_device() == device.index:
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within it the device is the current one, as CUDA and Triton have it."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    module = torch.get_device_module(device)
-    if module.current_device() == device.index:  # as it nearly always is
-        return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[Any] = module.device(device)
-    return context
 
 
 def stream_of(device: torch.device) -> torch.Stream | None:
@@ -112,6 +117,21 @@ class Asked(NamedTuple):
         return self.grad_scale is not None, self.found_inf is not None, skip, self.measured
 
 
+_ONLY_UPDATE = (False, False, None, False)  # the variant of a step that does nothing else
+
+
+class Again(NamedTuple):
+    """The launches of a step that did nothing but update; the next one's are the same but for lrs.
+
+    With cold caches they take the host half as long as making their arguments anew.
+    """
+
+    rest: t.Words  # of the table; another number of groups comes with another, too
+    parameters: LaunchParameters
+    schedule: Launched
+    adamw: Launched
+
+
 class Launcher:
     """The device's copy of the table, and the launches that read it.
 
@@ -134,7 +154,9 @@ class Launcher:
         self._whole: t.Table | None = None  # with its groups, and with what these ask for
         self._group_rows: GroupRows | None = None  # of the prepared step
         self._capturing = False  # whether that step is captured
-        self._stream: torch.Stream | None = None
+        self._place: contextlib.AbstractContextManager[Any] = _HERE  # its `current`
+        self._stream: int | None = None
+        self._again: Again | None = None
         self._prepared: tuple[object, ...] = ()  # what the next launch is compiled for
         self._launched: set[tuple[object, ...]] = set()  # what earlier ones were
 
@@ -169,6 +191,7 @@ class Launcher:
             whole = dataclasses.replace(table, groups=self._groups, parameters=tuned)
             self._given, self._whole = table, whole
         table = whole
+        self._place = current(self.device)
         capturing = self._capturing = is_capturing(self.device)
         if capturing and (self._reserve is None or not self._reserve[0].fits(table)):
             raise RuntimeError(
@@ -187,11 +210,11 @@ class Launcher:
                 "same options outside the capture."
             )
         if not capturing and (table.rest is not self._reserved_for or self._reserve is None):
-            with current(self.device):
+            with self._place:
                 self._reserve_memory(table)
         if not known:
             assert self._memory is not None
-            with current(self.device):
+            with self._place:
                 store_grad = asked.grad_scale is not None
                 self.kernels.adamw.compile_for(table, self._memory, store_grad, rows)
         return table
@@ -209,7 +232,7 @@ class Launcher:
 
     def sum_squares(self, table: t.Table, memory: t.Memory, mesh: int) -> Tensor:
         """Sums of the squares of the gradients with this number of a mesh, to be added."""
-        with current(self.device):
+        with self._place:
             if self._capturing:  # the graph's own memory
                 sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
             else:
@@ -237,7 +260,10 @@ class Launcher:
         """
         assert self._group_rows is not None
         rates = self._group_rows.rates
-        with current(self.device):
+        only_update = self._prepared[2] == _ONLY_UPDATE
+        if only_update and self._again is not None and self._launch_again(table, memory, rates):
+            return
+        with self._place:
             grad_scale, found_inf = self._scalar(asked.grad_scale), self._scalar(asked.found_inf)
             if self._capturing:
                 self.captured.append((grad_scale, found_inf, norm, measures))
@@ -245,11 +271,34 @@ class Launcher:
             given = None
             if norm is not None:
                 given = self.kernels.schedule.Norm(*norm, asked.clipping.skip_nonfinite)
-            self.kernels.schedule.schedule(
+            first = self.kernels.schedule.schedule(
                 self._front, table, memory, grad_scale, found_inf, given, counted, rates
             )
-            self.kernels.adamw.adamw(self._front, table, memory, grad_scale is not None, rows)
+            second = self.kernels.adamw.adamw(
+                self._front, table, memory, grad_scale is not None, rows
+            )
             self._launched.add(self._prepared)
+        if only_update and first is not None and second is not None and not self._capturing:
+            both = first.with_addresses(), second.with_addresses()
+            self._again = Again(table.rest, table.parameters, *both)
+
+    def _launch_again(self, table: t.Table, memory: t.Memory, rates: tuple[int, ...]) -> bool:
+        """Launch what the last step did, with other lrs; False, and nothing done, if that differs.
+
+        For steps that only update.
+        """
+        again = self._again
+        if (
+            again is None
+            or memory is not self._memory
+            or self._place is not _HERE
+            or table.rest is not again.rest
+            or table.parameters != again.parameters
+        ):
+            return False
+        again.schedule.again(*rates, stream=self._stream)
+        again.adamw.again(stream=self._stream)
+        return True
 
     def _scalar(self, x: Tensor | None) -> Tensor | None:
         if x is None or (x.device == self.device and x.dtype == torch.float32):
@@ -259,7 +308,7 @@ class Launcher:
     def _reserve_memory(self, table: t.Table) -> None:
         """Memory for this table, and for a captured step of it."""
         if self._memory is None or not self._memory.fits(table):
-            self._memory, self._uploaded = t.allocate(table, self.device), None
+            self._memory, self._uploaded, self._again = t.allocate(table, self.device), None, None
         if self._reserve is None or not self._reserve[0].fits(table):
             self._reserve = t.allocate(table, self.device), self._host(table.n_words)
         self._reserved_for = table.rest
@@ -267,7 +316,7 @@ class Launcher:
     def _upload(self, table: t.Table, kept: Iterable[Tensor]) -> t.Memory:
         """Eager: at most one asynchronous copy, of what has moved."""
         assert self._memory is not None
-        stream, size = stream_of(self.device), t.stale_words(table, self._uploaded)
+        stream, size = self._current_stream(), t.stale_words(table, self._uploaded)
         if stream != self._stream or (size and size == table.n_words):
             used_here((*self._memory, *self._sums.values(), *kept))
             self._stream = stream
@@ -279,6 +328,13 @@ class Launcher:
             self._memory.words[:size].copy_(host, non_blocking=True)
             self._uploaded = table
         return self._memory
+
+    def _current_stream(self) -> int | None:
+        """The current stream as Triton has it, quicker than torch's object; None on the CPU."""
+        if self.device.type == "cpu":
+            return None
+        stream: int = self.kernels.driver.active.get_current_stream(self.device.index)
+        return stream
 
     def _record(self, table: t.Table, alive: object) -> t.Memory:
         """Captured: the whole table, from a source that stays as it is."""

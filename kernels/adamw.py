@@ -44,7 +44,7 @@ from .columns import (
     W2,
 )
 from .columns import RANDOM_GROUP as _GROUP
-from .front import Call, Front
+from .front import Call, Front, Launched
 from .launch_parameters import LaunchParameters
 from .nvidia import _wait_for_previous
 from .prefetch import _prefetch_ahead
@@ -393,7 +393,7 @@ def launch_options(
 
 def adamw(
     front: Front, table: t.Table, memory: t.Memory, store_grad: bool, rows: Tensor | None = None
-) -> None:
+) -> Launched | None:
     """Update every tensor of the table whose gradient is present; `schedule` must have run.
 
     As the launch before this one, on the same stream: with `overlap` programs begin beside it.
@@ -402,14 +402,15 @@ def adamw(
     `store_grad`, which leaves unscaled gradients behind. rows: float32 [n_programs, MEASURES], in
     which each program that updates leaves its sums, 16 bytes written for 1,024 elements; or None.
     """
-    if table.n_programs:
-        front.launch(
-            _adamw,
-            ("adamw", table.signatures, table.parameters, store_grad, rows is None),
-            table.n_programs,
-            _arguments(table, memory, rows),
-            lambda: _call(table, memory, store_grad, rows),
-        )
+    if not table.n_programs:
+        return None
+    return front.launch(
+        _adamw,
+        ("adamw", table.signatures, table.parameters, store_grad, rows is None),
+        table.n_programs,
+        _arguments(table, memory, rows),
+        lambda: _call(table, memory, store_grad, rows),
+    )
 
 
 def compile_for(

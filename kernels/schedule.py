@@ -33,7 +33,7 @@ from .columns import (
     W1,
     W2,
 )
-from .front import Call, Front
+from .front import Call, Front, Launched
 from .nvidia import _let_next_begin
 
 _LR = tl.constexpr(t.LR)
@@ -261,12 +261,13 @@ def schedule(
     norm: Norm | None = None,
     counted: Tensor | None = None,
     rates: tuple[int, ...] = (),
-) -> None:
+) -> Launched | None:
     """Count a step for each tensor with a gradient and write its scalars.
 
     grad_scale, found_inf: float32, 0-dim, on the table's device, or None. counted: float64
     [n_tensors], where to write how many elements are updated unless the step is skipped; or None.
-    rates: `pack_rates` of the lrs of all groups, or () where those of the table count.
+    rates: `pack_rates` of the lrs of all groups, or () where those of the table count; the last
+    arguments of what is returned.
     """
     words, (grads, tensors, _) = memory.words.data_ptr(), table.offsets
     arguments = (
@@ -291,7 +292,7 @@ def schedule(
         "TENSORS": _TENSORS_PER_PROGRAM,
         "OVERLAP": nvidia.overlaps(table.parameters, memory.words.device),
     }
-    front.launch(
+    return front.launch(
         _schedule,
         ("schedule", *[x is None for x in arguments[5:10]], *constants.values()),
         -(-table.n_tensors // _TENSORS_PER_PROGRAM),

@@ -46,9 +46,11 @@ class Device:
         patch.setattr(
             CompiledKernel,
             "__getitem__",
-            lambda compiled, grid: lambda *arguments: self._run(compiled, grid, arguments),
+            lambda compiled, grid: lambda *arguments, **_: self._run(compiled, grid, arguments),
         )
-        patch.setattr(launch, "load_kernels", lambda device: launch.Kernels(norm, schedule, adamw))
+        patch.setattr(
+            launch, "load_kernels", lambda device: launch.Kernels(norm, schedule, adamw, driver)
+        )
         patch.setattr(plan, "architecture", lambda device: architecture)
         is_nvidia = nvidia.is_nvidia
         patch.setattr(nvidia, "is_nvidia", lambda x: x.type == "cpu" or is_nvidia(x))

@@ -10,7 +10,7 @@ import torch
 
 from fused_adamw import FusedAdamW
 from fused_adamw import plan as planning
-from fused_adamw.kernels.front import Call, Front
+from fused_adamw.kernels.front import Call, Front, Launched
 from fused_adamw.kernels.launch_parameters import LaunchParameters
 
 ALIGNED = {"words", "scalars", "scalars64", "rows", "counted"}  # as they are compiled for
@@ -38,10 +38,24 @@ def call() -> Call:
 def test_the_second_launch_goes_by_the_handle() -> None:
     handle = Kernel()
     kernel, front = Kernel(handle), Front()
-    front.launch(kernel, "key", 5, (1, None), call)
-    front.launch(kernel, "key", 5, (2, None), call)
+    assert front.launch(kernel, "key", 5, (1, None), call) is None
+    assert front.launch(kernel, "key", 5, (2, None), call) is not None
     assert kernel.seen == [((5,), (1, None), {"A": 1, "B": "x", "num_warps": 4})]
     assert handle.seen == [((5, 1, 1), (2, None, 1, "x"), {})]
+
+
+def test_a_launch_goes_again_with_other_last_arguments() -> None:
+    seen: list[Any] = []
+
+    def handle(*arguments: Any, stream: int | None) -> None:
+        seen.append((arguments, stream))
+
+    x = torch.ones(3)
+    launched = Launched(handle, (x, None, 5, 6), ("A",)).with_addresses()
+    launched.again(stream=None)
+    launched.again(7, 8, stream=9)
+    at = x.data_ptr()
+    assert seen == [((at, None, 5, 6, "A"), None), ((at, None, 7, 8, "A"), 9)]
 
 
 def test_another_key_or_number_of_programs_has_another_handle() -> None:

@@ -19,7 +19,7 @@ from twins import give_grads, make_params
 
 from fused_adamw import FusedAdamW, launch
 from fused_adamw.kernels import table as t
-from fused_adamw.kernels.front import Front
+from fused_adamw.kernels.front import Front, Launched
 
 
 @pytest.fixture
@@ -398,6 +398,7 @@ def test_memory_is_kept_for_each_stream_that_uses_it(
     current = ["first"]
     seen: list[tuple[int, str]] = []
     monkeypatch.setattr(launch, "stream_of", lambda device: current[0])
+    monkeypatch.setattr(launch.Launcher, "_current_stream", lambda self: current[0])
     monkeypatch.setattr(
         torch.Tensor,
         "record_stream",
@@ -432,6 +433,93 @@ def test_memory_is_kept_for_each_stream_that_uses_it(
     seen.clear()
     adamw.step()
     assert seen == []
+
+
+def test_going_again_passes_what_a_launch_would(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are not launched: what their handles are given is compared, and when."""
+    passed: list[list[object]] = []
+    went: list[bool] = []
+
+    def handle(*given: object, stream: int | None = None) -> None:
+        passed.append([x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given])
+
+    def by_handle(
+        self: Front, kernel: Any, key: object, programs: int, arguments: Any, call: Any
+    ) -> Launched:
+        handle(*arguments, key, programs)  # for constants: what stands for all of them
+        return Launched(handle, arguments, (key, programs))
+
+    launch_again = launch.Launcher._launch_again
+
+    def both(self: launch.Launcher, table: t.Table, memory: t.Memory, rates: Any) -> bool:
+        passed.clear()
+        went.append(launch_again(self, table, memory, rates))
+        if went[-1]:
+            expected = passed.copy()
+            passed.clear()
+            self.kernels.schedule.schedule(self._front, table, memory, None, None, rates=rates)
+            self.kernels.adamw.adamw(self._front, table, memory, False)
+            assert passed == expected
+        return went[-1]
+
+    monkeypatch.setattr(Front, "launch", by_handle)
+    monkeypatch.setattr(launch.Launcher, "_launch_again", both)
+    params = model(device)
+    adamw: Any = FusedAdamW(params, backend="triton")
+    group = adamw.param_groups[0]
+
+    def goes_again() -> bool | None:
+        """None: not even asked."""
+        went.clear()
+        adamw.step()
+        return went[0] if went else None
+
+    assert goes_again() is None
+    for key, value, again in (
+        ("lr", 0.5, True),
+        ("weight_decay", 0.5, True),  # one column is uploaded
+        ("eps", 1e-40, False),  # another kernel
+        ("eps", 1e-9, False),
+        ("betas", (0.4, 0.9), False),
+        ("betas", (0.9, 0.4), True),
+        ("lr", torch.tensor(0.1, device=device), True),  # read there
+        ("lr", 0.1, True),
+        ("betas", (0.9, 0.99), False),
+    ):
+        group[key] = value
+        assert goes_again() is again, key
+        assert goes_again() is True
+    for p in params:
+        p.grad = torch.randn_like(p)  # moves
+    assert goes_again() is True
+    params[1].grad = None
+    assert goes_again() is True
+    for name, value in ("max_grad_norm", 1.0), ("skip_nonfinite", True), ("group_metrics", True):
+        before = getattr(adamw, name)
+        setattr(adamw, name, value)
+        assert goes_again() is None
+        setattr(adamw, name, before)
+        assert goes_again() is False  # another plan
+    adamw.grad_scale = adamw.found_inf = torch.zeros((), device=device)
+    assert goes_again() is None
+    adamw.grad_scale = adamw.found_inf = None
+    assert goes_again() is True
+    launcher, rates = adamw._launchers[device], t.pack_rates([0.1])
+    memory, table = launcher._memory, launcher._whole
+    assert not launch_again(launcher, table, memory._replace(), rates)  # as of a captured step
+    monkeypatch.setattr(launch, "_HERE", contextlib.nullcontext())
+    assert not launch_again(launcher, table, memory, rates)  # the current device is another
+    assert goes_again() is True
+    params[0].data = params[0].data.clone()
+    assert goes_again() is False
+    for _ in range(t.RATES):
+        adamw.add_param_group({"params": model(device, 1)})
+        assert goes_again() is None  # other memory
+        assert goes_again() is True
+    adamw.load_state_dict(adamw.state_dict())
+    assert goes_again() is None
 
 
 def test_memory_fits_only_its_own_size(device: torch.device) -> None:
