@@ -28,14 +28,25 @@ def replace(text: str, name: str, block: str) -> str:
     return comments.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text)
 
 
-def rewrite(path: Path, blocks: dict[str, str]) -> bool:
-    """Write blocks by name into a file; whether that changed it. ValueError as `replace`."""
-    before = text = path.read_text()
-    for name, block in blocks.items():
-        try:
+def replaced(path: Path, blocks: dict[str, str]) -> str:
+    """A file's text with blocks by name.
+
+    Raises:
+        ValueError: as `replace`, or the file is not there.
+    """
+    try:
+        text = path.read_text() if path.exists() else ""  # which lacks them, too
+        for name, block in blocks.items():
             text = replace(text, name, block)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    if text != before:
-        path.write_text(text)
-    return text != before
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return text
+
+
+def rewrite(path: Path, blocks: dict[str, str]) -> bool:
+    """Write blocks by name into a file; whether that changed it. ValueError as `replaced`."""
+    text = replaced(path, blocks)
+    if text == path.read_text():
+        return False
+    path.write_text(text)
+    return True

@@ -97,15 +97,18 @@ def signature(
     )
 
 
-def count_bytes(case: Case, *, clips: bool = False, **stored: Any) -> int:
+def count_bytes(case: Case, *, clips: bool = False, residue: int = 0, **stored: Any) -> int:
     """Bytes that a step must read and write: each stored value once, gradients twice if it clips.
 
-    stored: as for `signature`. 8-bit moments count with our scales, 1/64 byte each.
+    residue: bytes kept of what rounding takes off a 16-bit parameter, where that is no option of
+    ours. stored: as for `signature`. 8-bit moments count with our scales, 1/64 byte each.
     """
     moved = 0.0
     for leaf, times in Counter(case.leaves).items():
         each = signature(leaf, **stored)
-        moved += times * leaf.numel * (each.bytes_per_element + clips * each.grad.itemsize)
+        kept = residue if leaf.dtype.itemsize == 2 else 0
+        of_element = each.bytes_per_element + clips * each.grad.itemsize + 2 * kept
+        moved += times * leaf.numel * of_element
     return round(moved)
 
 

@@ -41,7 +41,7 @@ from triton.backends.compiler import GPUTarget
 from fused_adamw.kernels import adamw, norm, schedule
 from fused_adamw.kernels import table as t
 from fused_adamw.kernels.front import Front
-from fused_adamw.kernels.launch_parameters import LaunchParameters, launch_parameters
+from fused_adamw.kernels.launch_parameters import CAPS, LaunchParameters, launch_parameters
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
@@ -81,7 +81,7 @@ def alone(name: str) -> Case:
     return Case((signature(name),))
 
 
-FREE = {"maxnreg": 0, "maxnreg_one": 0}  # registers as ptxas likes them
+FREE = dict.fromkeys(CAPS, 0)  # registers as ptxas likes them
 GENERAL = {"plain": False}  # for any hyper-parameters, not for those alone that most have
 _ALL = {name: signature(f"{name}/{name}/{name}") for name in DTYPES if name != "int8"}
 _MIXED = signature("bf16/bf16/fp32")

@@ -14,6 +14,7 @@ import statistics
 import time
 
 import torch
+from machine import positive
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -39,9 +40,9 @@ def step_seconds(optimizer: torch.optim.Optimizer) -> float:
 def main() -> None:
     """Print one line for each number of tensors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--numel", type=int, default=20_000_000, help="elements (default 20M)")
-    parser.add_argument("--tensors", type=int, nargs="+", default=[1, 148])
-    parser.add_argument("--pairs", type=int, default=15, help="interleaved pairs (default 15)")
+    parser.add_argument("--numel", type=positive, default=20_000_000, help="elements (default 20M)")
+    parser.add_argument("--tensors", type=positive, nargs="+", default=[1, 148])
+    parser.add_argument("--pairs", type=positive, default=15, help="interleaved pairs (default 15)")
     options = parser.parse_args()
 
     console = Console()

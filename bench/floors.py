@@ -37,7 +37,6 @@ class Format(NamedTuple):
     grad: int
     moment: float  # each of the two
     remainder: int = 0  # what the rounding of the parameter lost
-    planned: bool = False
 
     @property
     def moved(self) -> float:
@@ -133,7 +132,7 @@ def tabulate_formats() -> str:
         shown = f"{form.moved:.1f}".removesuffix(".0")
         rows.append(
             [
-                f"{form.name} (to come)" if form.planned else form.name,
+                form.name,
                 shown,
                 f"{form.moved + form.grad:.1f}".removesuffix(".0"),
                 f"{1e6 * form.moved / BYTES_PER_US:.1f}",

@@ -3,6 +3,7 @@
 # machine needs torch, triton, numpy, pytest, hypothesis, rich and matplotlib, and a CUDA toolkit for
 # the sanitizer and ncu. Each part survives the failure of another; the summary comes last. What is
 # timed runs alone, after the sanitizer, FSDP2 on one rank and accuracy, which run beside the tests.
+# What 8 minutes do not suffice for is stopped, or not run, and counts as failed.
 #
 #   bash bench/gpu.sh out/gpu                                 # all parts
 #   bash bench/gpu.sh out/gpu "sanitizer tests"               # some
@@ -10,7 +11,8 @@
 #   bash bench/gpu.sh out/gpu "" "" 1a2b3c4                   # the commit, in a copy without .git
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-out=$(realpath -m "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}")
+: "${1:?usage: bash bench/gpu.sh FOLDER [PARTS] [CASES] [COMMIT]}"
+out=$(realpath -m "$1")
 parts=${2:-"sanitizer fsdp accuracy tests step host train ncu"}
 cases=${3:-}
 commit=${4:-}
@@ -20,7 +22,9 @@ python=$(command -v python3)
 
 part() { # name, seconds at most, command ...
     local name=$1 limit=$2 start=$SECONDS code
+    local left=$((460 - SECONDS))
     shift 2
+    limit=$((limit < left ? limit : left > 0 ? left : 1))
     timeout -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
     code=$?
     printf '%-20s exit %-3s %4ss  %s\n' "$name" "$code" "$((SECONDS - start))" "$*" | tee -a "$out/summary.txt"
@@ -34,8 +38,12 @@ timed() { # as `part`, when nothing else runs; what is known by then survives a 
 
 : >"$out/summary.txt"
 # asked from elsewhere: here it is found without being installed, and by no script
-if ! (cd / && "$python" -c 'import fused_adamw') 2>/dev/null; then
+imported=$(cd / && "$python" -c 'import fused_adamw; print(fused_adamw.__file__)' 2>/dev/null)
+if [ -z "$imported" ]; then
     part install 60 "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e .
+elif [ "$(realpath "$imported")" != "$(realpath fused_adamw/__init__.py)" ]; then
+    echo "$python imports $imported, not what is here: pip install -e $PWD first" >&2
+    exit 2
 fi
 for name in $parts; do
     case $name in
@@ -46,7 +54,7 @@ for name in $parts; do
         # it came.
         together=$("$python" -c 'import xdist; print("-n 12 --dist worksteal")' 2>/dev/null)
         part tests 155 bash -c "cd tests && timeout --foreground -s INT 145 '$python' -m pytest -q \
-            --maxfail=20 --durations=15 $together --ignore=test_generated_code.py \
+            --maxfail=20 --durations=15 $together ${cases:+--collect-only} --ignore=test_generated_code.py \
             --ignore=test_packaging.py --ignore=test_bench.py --ignore=test_checkpoint.py \
             --ignore=test_distributed.py --ignore-glob='*_across_ranks.py' ."
         ;;

@@ -32,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from machine import positive
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
@@ -164,8 +165,10 @@ def as_trained(count: int, rounds: int, device: torch.device, advance: Callable[
 def main() -> None:
     """Print one line for each number of tensors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tensors", type=int, nargs="+", default=[1, 100, 1000, 10000])
-    parser.add_argument("--rounds", type=int, default=31, help="interleaved rounds (default 31)")
+    parser.add_argument("--tensors", type=positive, nargs="+", default=[1, 100, 1000, 10000])
+    parser.add_argument(
+        "--rounds", type=positive, default=31, help="interleaved rounds (default 31)"
+    )
     options = parser.parse_args()
 
     console = Console()

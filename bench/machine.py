@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -23,6 +24,13 @@ import torch
 from torch import Tensor
 
 from fused_adamw.kernels.table import BLOCK
+
+
+def positive(text: str) -> int:
+    """A number on the command line of which there has to be one at least."""
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of 1, 2, 3, ...")
 
 
 class Device:

@@ -28,13 +28,16 @@ COLORS = dict(
 )
 
 
-def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: Path) -> None:
-    """TB/s by case against the ceiling, host time by tensor count, memory a parameter."""
+def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: Path) -> list[str]:
+    """TB/s by case against the ceiling, host time by tensor count, memory a parameter.
+
+    Returns the names of the files in the folder.
+    """
     shown = [x for x in lines if x.wall and not x.problem and AGAIN not in x.provider]
     cases = list(dict.fromkeys(line.case for line in shown))
     providers = list(dict.fromkeys(line.provider for line in shown))
     if not shown:
-        return
+        return []
     # bars one under the other, a gap between cases
     ys = {id(x): i + cases.index(x.case) for i, x in enumerate(shown)}
     ticks = [statistics.mean(ys[id(x)] for x in shown if x.case == case) for case in cases]
@@ -85,9 +88,10 @@ def draw(lines: Sequence[Line], ceilings: dict[str, float], title: str, folder: 
         (axes.yaxis, axes.get_ylim(), axes.set_ylim),
     ):  # whole decades, so that some tick has a label
         change(*(10.0**exponent for exponent in _decades(*limits)))
-        axis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
         axis.set_minor_formatter("")
     _finish(figure, axes, folder / "host.png")
+    return ["throughput.png", "memory.png", "host.png"]
 
 
 def _decades(low: float, high: float) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class Provider(NamedTuple):
     build: Callable[..., torch.optim.Optimizer]
     moments: torch.dtype | None = None  # what each is stored in; None: as the parameter
     options: Mapping[str, Any] | None = None  # FusedAdamW's storage options
+    residue: int = 0  # bytes kept of what rounding takes off a 16-bit parameter
     scratch: int = 0  # copies of all parameters that a step may need
     compiled: bool = False
     small: bool = False  # for cases of at most 500 tensors and 150M elements only
@@ -53,6 +54,7 @@ class External(NamedTuple):
     name: str
     options: dict[str, Any]
     moments: torch.dtype | None
+    residue: int = 0
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer) -> None:
@@ -84,7 +86,7 @@ PROVIDERS = {
         for name, (options, cases) in FORMATS.items()
     },
 }
-OPT_IN = "torch-compiled"  # compiles for minutes
+OPT_IN = "torch-compiled"
 EXTERNALS = {
     "torchao-8bit": External("torchao.optim", "AdamW8bit", {}, torch.uint8),
     "bitsandbytes": External("bitsandbytes.optim", "AdamW", {}, torch.float32),
@@ -93,8 +95,8 @@ EXTERNALS = {
     "transformer-engine": External(
         "transformer_engine.pytorch.optimizers", "FusedAdam", {"adam_w_mode": True}, torch.float32
     ),
-    "optimi": External("optimi", "AdamW", {}, None),
-    "flashoptim": External("flashoptim", "FlashAdamW", {}, torch.uint8),
+    "optimi": External("optimi", "AdamW", {"lr": 1e-3}, None, residue=2),  # Kahan's
+    "flashoptim": External("flashoptim", "FlashAdamW", {}, torch.uint8, residue=1),
 }
 
 
@@ -104,7 +106,7 @@ def find_providers(
     """Providers that can be imported, in the order of the names, and why the others cannot."""
     wanted = names or [name for name in (*PROVIDERS, *EXTERNALS) if name != OPT_IN]
     found: dict[str, Provider] = {}
-    missing: dict[str, str] = {}
+    missing = {} if names else {OPT_IN: "compiles for minutes: to be named"}
     for name in wanted:
         if name in PROVIDERS:
             if PROVIDERS[name].compiled and not cuda:
@@ -120,7 +122,10 @@ def find_providers(
             missing[name] = "not installed" if no_such else f"{type(error).__name__}: {error}"
             continue
         found[name] = Provider(
-            functools.partial(build, **external.options), moments=external.moments, scratch=1
+            functools.partial(build, **external.options),
+            moments=external.moments,
+            residue=external.residue,
+            scratch=1,
         )
     return found, missing
 

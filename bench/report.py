@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blocks import rewrite, table
+from blocks import replaced, rewrite, table
 from machine import ceiling
 from providers import CLIP, FORMATS, FUSED, OURS
 from summary import number, percent
@@ -179,7 +179,9 @@ def _means(means: dict[str, dict[str, float]], what: str) -> Iterator[list[str]]
     for provider, kind in (OURS, ""), (OURS + CLIP, ", clipped"):
         mean = means.get(provider, {})
         if what in mean:
-            label = f"geometric mean of {mean['cases']}{kind}"
+            cases, of_gpu = mean["cases"], mean.get("gpu_cases", mean["cases"])
+            label = f"geometric mean of {cases}{kind}"
+            label += f" (x: of {of_gpu})" * (what == "gpu" and of_gpu != cases)
             bold = [f"**{number(mean[key])}**" for key in (what, "wall")]
             yield [label, *[""] * 4, *bold, *[""] * 4]
 
@@ -264,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             files = {args.readme: block([load(path, args.cpu) for path in args.paths])}
         else:
             files = blocks_by_file()
+        for path, text in files.items():
+            replaced(path, {"results": text})  # can be done, before any is
         for path, text in files.items():
             print(f"{path}: {'rewritten' if rewrite(path, {'results': text}) else 'as it was'}")
     except (OSError, ValueError) as error:

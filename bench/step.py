@@ -44,7 +44,7 @@ from pathlib import Path
 
 import torch
 from cases import CASES, TINY_CASES, Case
-from machine import Device, ceiling, describe, measure_ceilings
+from machine import Device, ceiling, describe, measure_ceilings, positive
 from plots import draw
 from providers import EXTERNALS, LARGEST_ON_CPU, OURS, PROVIDERS, entering, find_providers
 from rich.console import Console
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--providers", nargs="+", choices=names, metavar="PROVIDER", help=", ".join(names)
     )
-    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=20, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("out/step"), help="default: %(default)s")
     parser.add_argument(
         "--max-seconds",
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--commit", help="for a copy of the checkout, where git cannot tell")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds is {args.rounds}: nothing would be timed")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out is a file, {args.out}: name a folder")
 
     device = Device()
-    cases = [every[name] for name in args.cases or CASES]
+    cases = [every[name] for name in dict.fromkeys(args.cases or CASES)]
     skipped: list[Case] = []
     if not args.cases and not device.cuda:
         skipped = [case for case in cases if case.numel > LARGEST_ON_CPU]
@@ -150,11 +150,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             if line.problem:
                 console.print(f"{line.provider:<{COLUMNS['provider']}}  [yellow]{line.problem}[/]")
     console.print()
-    summary = Table("geometric mean, times as fast", "cases", "GPU", "wall", box=None)
+    summary = Table("geometric mean, times as fast", "GPU", "cases", "wall", "cases", box=None)
     for column in summary.columns[1:]:
         column.justify = "right"
     for provider, mean in means(lines).items():
-        summary.add_row(provider, str(mean["cases"]), number(mean.get("gpu")), number(mean["wall"]))
+        summary.add_row(
+            provider,
+            number(mean.get("gpu")),
+            number(mean.get("gpu_cases"), 0),
+            number(mean["wall"]),
+            number(mean["cases"], 0),
+        )
     if summary.row_count:
         console.print(summary)
     doubled = noise(lines)
@@ -164,8 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"(median), {max(doubled):.1%} (largest)"
         )
     shown = {name: sustained[name] for name in ("4R3W fp32", "copy fp32")}
-    draw(lines, shown, title, args.out)
-    console.print(f"{path}, throughput.png, host.png, memory.png")
+    drawn = draw(lines, shown, title, args.out)
+    console.print(", ".join([str(path), *drawn]))
     return 1 if any(line.failed for line in lines if line.provider.startswith(OURS)) else 0
 
 

@@ -126,17 +126,16 @@ def tabulate(case: Case, lines: Sequence[Line], ceiling: float) -> Table:
 def means(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
     """Geometric mean over the cases of how many times as fast as its rival each provider is.
 
-    On a GPU over those in which its time is known, by wall time, too.
+    By wall time, and by the GPU's over the `gpu_cases` in which that is known.
     """
-    kinds = ("gpu", "wall") if any(line.gpu for line in lines) else ("wall",)
     found: dict[str, dict[str, float]] = {}
     for provider in dict.fromkeys(line.provider for line in lines):
         own = [line for line in lines if line.provider == provider]
-        ratios = [[speedup(line, lines, what) for what in kinds] for line in own]
-        known = [[x for x in pair if x is not None] for pair in ratios if None not in pair]
-        if known:
-            of_kinds = map(statistics.geometric_mean, zip(*known, strict=True))
-            found[provider] = {"cases": len(known), **dict(zip(kinds, of_kinds, strict=True))}
+        for what, count in ("gpu", "gpu_cases"), ("wall", "cases"):
+            ratios = [x for line in own if (x := speedup(line, lines, what)) is not None]
+            if ratios:
+                mean = {what: statistics.geometric_mean(ratios), count: len(ratios)}
+                found.setdefault(provider, {}).update(mean)
     return found
 
 

@@ -103,6 +103,7 @@ class Entrant:
         line: Line,
     ) -> None:
         """Build it and take its first steps: compile, allocate, and see what that took."""
+        grads.refresh()  # the one that the last entrant has moved gives way
         before = device.allocated()
         optimizer = provider.build([dict(group) for group in groups])
         # a compiled step would be compiled again for each lr
@@ -172,7 +173,9 @@ def enter(
             name,
             case.tensors,
             case.numel,
-            count_bytes(case, moments=p.moments, clips=p.clips, options=p.options),
+            count_bytes(
+                case, moments=p.moments, clips=p.clips, residue=p.residue, options=p.options
+            ),
         )
         for name, p in providers.items()
     )
@@ -196,7 +199,9 @@ def enter(
         if provider.small and (case.tensors > 500 or case.numel > LARGEST_ON_CPU):
             line.problem = "small cases only"
             continue
-        moved = count_bytes(case, moments=provider.moments, options=provider.options)
+        moved = count_bytes(
+            case, moments=provider.moments, residue=provider.residue, options=provider.options
+        )
         of_state = (moved - of_params) // 2 - of_params  # all but the gradients is also written
         line.problem = lacking(of_state + provider.scratch * of_params)
         if line.problem:

@@ -483,6 +483,12 @@ def with_entry(text: str, name: str, parameters: LaunchParameters) -> str:
 # --- both --------------------------------------------------------------------------------------
 
 
+def _as(kind: type, value: str) -> object:
+    if kind is bool:
+        return bool(("False", "0", "True", "1").index(value) // 2)
+    return kind(value)
+
+
 def own_candidate(text: str) -> Candidate:
     """A candidate from "block=2048,load_cache=.cg"."""
     fields = LaunchParameters()._asdict()
@@ -491,7 +497,11 @@ def own_candidate(text: str) -> Candidate:
         key, _, value = part.partition("=")
         if key not in fields:
             raise argparse.ArgumentTypeError(f"no parameter {key!r} (want {', '.join(fields)})")
-        changes[key] = value if isinstance(fields[key], str) else int(value)
+        try:
+            changes[key] = _as(type(fields[key]), value)
+        except ValueError:
+            kind = "True or False" if isinstance(fields[key], bool) else "an int"
+            raise argparse.ArgumentTypeError(f"{key} is {value!r} (want {kind})") from None
     return Candidate(text, changes, "of your own")
 
 
@@ -543,7 +553,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = [name] if name else args.targets or list(codegen.TARGETS)
 
     console = Console(highlight=False)
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 160)
     commit = args.commit or find_commit()
     console.print(show_candidates(candidates, commit))
     # an empty cache: what is listed was compiled here and now

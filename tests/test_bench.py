@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -83,6 +85,8 @@ def test_count_bytes_of_mixed_formats() -> None:
     assert cases.count_bytes(case, clips=True) == 32 * norms + 16 * (case.numel - norms)
     half = cases.count_bytes(case, grad=torch.bfloat16, clips=True)
     assert half == 28 * norms + 16 * (case.numel - norms)
+    residue = cases.count_bytes(case, residue=1)  # of 16-bit params alone, read and written
+    assert residue == 28 * norms + 16 * (case.numel - norms)
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -139,7 +143,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any],
     """Folder, numbers and output of bench/step.py on the tiny cases, on the CPU."""
     out = tmp_path_factory.mktemp("step")
     command = [sys.executable, str(BENCH / "step.py"), "--rounds", "2", "--out", str(out)]
-    command += ["--cases", "tiny", "tiny-mixed"]
+    command += ["--cases", "tiny", "tiny-mixed", "tiny"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -276,6 +280,44 @@ def test_each_step_is_timed_with_another_lr(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(set(rates)) == (1 if compiled else 3)
 
 
+class Counting(machine.Device):
+    """A GPU by its memory alone: that of all CPU tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cuda = self.profiles = True
+
+    def synchronize(self) -> None: ...
+
+    def allocated(self) -> int:
+        gc.collect()
+        storages = (
+            x.untyped_storage()
+            for x in gc.get_objects()
+            if type(x) in (torch.Tensor, torch.nn.Parameter)
+        )
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_memory_is_that_of_each_optimizer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the gradient that the profiled step of the one before has found elsewhere."""
+    case, device = cases.Case("x", (cases.Group((cases.Leaf((64, 64)),)),)), Counting()
+    groups = cases.make(case, device.device)
+    grads = timing.Gradients(case, groups[0]["params"], device.device)
+    for name in "synchronize", "reset_peak_memory_stats":
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", device.allocated)
+    monkeypatch.setattr(timing, "count_syncs", lambda step: step() or 0)
+    monkeypatch.setattr(timing, "count_launches", lambda step: (step() or 1, 0))
+    kept = []
+    for provider in (providers.PROVIDERS["torch-fused"],) * 3:
+        line = timing.Line("x", "", 1, case.numel, 0)
+        entrant = timing.Entrant(provider, groups, grads, device, line)
+        kept.append((entrant, line.state_bytes, line.peak_bytes))
+    assert [sizes for _, *sizes in kept] == [[8 * case.numel + 4] * 2] * 3
+
+
 class SlowHost(machine.Device):
     """A GPU that gets to a step before the host is done, so many times."""
 
@@ -380,16 +422,27 @@ def test_step_reports_a_provider_that_fails(
     assert step.main([*options, *everyone]) == 1
 
 
+def stub(path: Path, text: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
 def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
-    """So that it is not found broken when a GPU is there; a part that fails stops no other."""
+    """So that it is not found broken when a GPU is there; a part that fails stops no other.
+
+    NVIDIA's tools are played: what they would look at is run.
+    """
+    (tmp_path / "bin").mkdir()
+    stub(tmp_path / "bin" / "compute-sanitizer", 'exec "${@:5}"')  # behind its 4 options
+    few = 'until [[ $1 == */python3 ]]; do shift; done; exec "$@" --numel 100'
+    stub(tmp_path / "bin" / "ncu", few)
     script = Path(__file__).parents[1] / "bench" / "gpu.sh"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    folders = tmp_path / "bin", Path(sys.executable).parent, os.environ["PATH"]
+    parts = "sanitizer fsdp accuracy tests step host train ncu"
+    assert f"parts=${{2:-{parts}}}" in script.read_text().replace('"', "")
     done = subprocess.run(
-        [
-            *("bash", str(script), str(tmp_path / "gpu")),
-            *("no-such-part step host train accuracy", "tiny", "1a2b3c4"),
-        ],
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        ["bash", str(script), str(tmp_path / "gpu"), f"no-such-part {parts}", "tiny", "1a2b3c4"],
+        env={**os.environ, "PATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -397,10 +450,10 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     summary = (tmp_path / "gpu" / "summary.txt").read_text()
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no part is called no-such-part" in summary
-    assert re.search(r"step +exit 0", summary), done.stdout
-    assert re.search(r"host +exit 0", summary), done.stdout
-    assert re.search(r"train +exit 0", summary), done.stdout
-    assert re.search(r"accuracy +exit 0", summary), done.stdout
+    ran = dict(re.findall(r"^(\S+) +exit (\d+)", summary, re.MULTILINE))
+    formats = ("fp32", "bf16", "bf16+int8", "bf16+master+int8")
+    expected = {"memcheck", "racecheck", *parts.split(), *(f"ncu-{name}" for name in formats)}
+    assert ran == dict.fromkeys(expected - {"sanitizer", "ncu"}, "0"), done.stdout
     numbers = json.loads((tmp_path / "gpu" / "step.json").read_text())
     assert numbers["machine"]["commit"] == "1a2b3c4"
     assert numbers["command"].startswith("python bench/step.py --out ")
@@ -410,4 +463,31 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "gpu" / "logs.tar.gz") as logs:
         assert {"./accuracy.log", "./accuracy/accuracy.json"} <= set(logs.getnames())
         numbers = json.load(logs.extractfile("./accuracy/accuracy.json"))
+        few_steps = logs.extractfile("./memcheck.log").read().decode()
     assert numbers["machine"]["commit"] == "1a2b3c4"
+    assert few_steps.count("finite: True") == 7
+
+
+def test_the_gpu_script_wants_a_folder(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "usage: bash bench/gpu.sh FOLDER" in done.stderr
+    assert not done.stdout
+
+
+def test_the_gpu_script_tells_when_it_would_time_another_checkout(tmp_path: Path) -> None:
+    here = Path(__file__).parents[1]
+    (tmp_path / "bench").mkdir()
+    shutil.copy(here / "bench" / "gpu.sh", tmp_path / "bench")
+    (tmp_path / "fused_adamw").mkdir()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(tmp_path / "bench" / "gpu.sh"), str(tmp_path / "gpu"), "step"],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"pip install -e {tmp_path} first" in done.stderr

@@ -137,9 +137,9 @@ def test_a_time_that_the_gpu_waited_in_is_left_out(
     assert row[3:7] == (["24,000", "-", "-", "3.20"] if ours else ["-", "3,750", "-", "3.20"])
     assert (row[7:9] == ["-", "-"]) == ours
     assert cells(text, "tiny-mixed, int8")[2:] == ["-"] * 5
-    mean = cells(text, "geometric mean of 1, clipped")
+    mean = cells(text, "geometric mean of 2, clipped (x: of 1)")
     assert mean[5] == "**6.40**"
-    assert mean[6] == cells(text, "tiny, clipped")[6].join(["**"] * 2)  # of the same case
+    assert mean[6] == cells(text, "tiny, clipped")[6].join(["**"] * 2)  # alike in both
     assert f"the host within it: tiny-mixed, {provider}; tiny-mixed, fused_adamw+int8." in text
 
 
@@ -225,7 +225,10 @@ def test_runs_go_where_they_are_told(
 
 
 def test_each_file_has_its_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_gpu: Numbers
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_gpu: Numbers,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """README that of the fastest memory, whatever the folders' names, and a line of each other."""
     monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -256,6 +259,14 @@ def test_each_file_has_its_runs(
         "from idle)."
         for name in "ca"
     ]
+    # a new card's folder: nothing is written by halves
+    (tmp_path / "bench" / "results" / "d").mkdir()
+    on_gpu["ceilings_by_round"][report.CEILING] = [3 * x for x in ceilings]
+    write(tmp_path / "bench" / "results" / "d", on_gpu)
+    capsys.readouterr()
+    assert report.main([]) == 1
+    assert "d/README.md: want '<!-- results: ... -->'" in capsys.readouterr().err
+    assert readme.read_text() == text
 
 
 @pytest.mark.parametrize(

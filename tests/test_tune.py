@@ -177,7 +177,11 @@ def test_refuses(
 
 def test_own_candidate_has_the_types_of_the_parameters() -> None:
     changes = tune.own_candidate("block=2048,exact=1,load_cache=.cg").changes
-    assert changes == {"block": 2048, "exact": 1, "load_cache": ".cg"}
+    assert changes == {"block": 2048, "exact": True, "load_cache": ".cg"}
+    assert tune.own_candidate("exact=False").changes == {"exact": False}
+    for text, words in ("exact=maybe", "True or False"), ("block=big", "an int"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'.*' .want {words}"):
+            tune.own_candidate(text)
 
 
 # --- what a GPU does, here under the interpreter ------------------------------------------------
