@@ -85,6 +85,9 @@ for name in $parts; do
         tensors=(1 148 1000)
         [ -n "$cases" ] && tensors=(1 2)
         timed host 60 "$python" bench/host.py --tensors "${tensors[@]}" --rounds 15
+        # shellcheck disable=SC2086
+        timed phases 40 "$python" bench/phases.py ${commit:+--commit "$commit"} \
+            ${cases:+--cases $cases --rounds 2}
         ;;
     train) timed train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
     ncu)

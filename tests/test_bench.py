@@ -452,7 +452,8 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     assert "no part is called no-such-part" in summary
     ran = dict(re.findall(r"^(\S+) +exit (\d+)", summary, re.MULTILINE))
     formats = ("fp32", "bf16", "bf16+int8", "bf16+master+int8")
-    expected = {"memcheck", "racecheck", *parts.split(), *(f"ncu-{name}" for name in formats)}
+    expected = {"memcheck", "racecheck", "phases", *parts.split()}
+    expected |= {f"ncu-{name}" for name in formats}
     assert ran == dict.fromkeys(expected - {"sanitizer", "ncu"}, "0"), done.stdout
     numbers = json.loads((tmp_path / "gpu" / "step.json").read_text())
     assert numbers["machine"]["commit"] == "1a2b3c4"
@@ -464,8 +465,14 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
         assert {"./accuracy.log", "./accuracy/accuracy.json"} <= set(logs.getnames())
         numbers = json.load(logs.extractfile("./accuracy/accuracy.json"))
         few_steps = logs.extractfile("./memcheck.log").read().decode()
+        phases = logs.extractfile("./phases.log").read().decode()
     assert numbers["machine"]["commit"] == "1a2b3c4"
     assert few_steps.count("finite: True") == 7
+    number = r"[\d,]+"
+    for name in "fused_adamw", r"fused_adamw\+clip":
+        start = rf"tiny, {name}: wall {number}, host {number}, _update {number}, _asked {number}, "
+        assert re.search(start, phases), phases
+    assert re.search(rf"tiny, torch-fused: wall {number}, host {number}\n", phases), phases
 
 
 def test_the_gpu_script_wants_a_folder(tmp_path: Path) -> None:
