@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -144,7 +144,7 @@ class Launcher:
         self.kernels = load_kernels(device)
         self._front = Front()
         self.captured: list[object] = []
-        self._sums: dict[int, Tensor] = {}  # by mesh
+        self._sums: tuple[Tensor, ...] = ()  # float64 [meshes, n_sums], and each of its rows
         self._memory: t.Memory | None = None
         self._uploaded: t.Table | None = None
         self._reserve: tuple[t.Memory, Tensor] | None = None
@@ -165,7 +165,7 @@ class Launcher:
         """Device memory that this launcher keeps, for captured steps, too."""
         memories = [self._memory, None if self._reserve is None else self._reserve[0]]
         kept = [x for memory in memories if memory is not None for x in memory]
-        return sum(x.nbytes for x in (*kept, *self._sums.values()))
+        return sum(x.nbytes for x in (*kept, *self._sums[:1]))
 
     def prepare(
         self, table: t.Table, groups: GroupRows, asked: Asked, rows: Tensor | None = None
@@ -230,20 +230,17 @@ class Launcher:
             return self._record(table, alive)
         return self._upload(table, kept)
 
-    def sum_squares(self, table: t.Table, memory: t.Memory, mesh: int) -> Tensor:
-        """Sums of the squares of the gradients with this number of a mesh, to be added."""
+    def sum_squares(self, table: t.Table, memory: t.Memory, meshes: int) -> Sequence[Tensor]:
+        """Sums of the squares of the gradients with each number of a mesh, to be added."""
         with self._place:
-            if self._capturing:  # the graph's own memory
-                sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
-            else:
-                kept = self._sums.get(mesh)
-                if kept is not None and len(kept) == table.n_sums:
-                    sums = kept
-                else:
-                    sums = torch.empty(table.n_sums, dtype=torch.float64, device=self.device)
-                    self._sums[mesh] = sums
-            self.kernels.norm.sum_squares(self._front, table, memory.words, sums, mesh)
-        return sums
+            sums, shape = self._sums, (meshes, table.n_sums)
+            if self._capturing or not sums or sums[0].shape != shape:
+                whole = torch.empty(shape, dtype=torch.float64, device=self.device)
+                sums = whole, *whole
+            if not self._capturing:  # else it is the graph's own memory
+                self._sums = sums
+            self.kernels.norm.sum_squares(self._front, table, memory.words, sums[0])
+        return sums[1:]
 
     def launch(
         self,
@@ -318,7 +315,7 @@ class Launcher:
         assert self._memory is not None
         stream, size = self._current_stream(), t.stale_words(table, self._uploaded)
         if stream != self._stream or (size and size == table.n_words):
-            used_here((*self._memory, *self._sums.values(), *kept))
+            used_here((*self._memory, *self._sums[:1], *kept))
             self._stream = stream
         if size:
             # Fresh from torch's caching host allocator, which gives it out again only when the

@@ -221,6 +221,31 @@ def _to(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type != "cpu")
 
 
+def note(
+    total: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clipping: Clipping,
+    metrics: Tensor,
+) -> None:
+    """The metrics of a step in which this rank updates nothing, as `decide`'s; without a wait.
+
+    total: sums of squares of all gradients, to be added up, where the metrics are.
+    """
+    x = total.sum()
+    norm, bad = x.sqrt(), torch.zeros_like(x, dtype=torch.bool)
+    if grad_scale is not None:
+        norm = norm * (1 / _to(grad_scale, x.device).double()).abs()
+    if found_inf is not None:
+        bad = _to(found_inf, x.device) != 0
+    if clipping.skip_nonfinite:
+        bad = bad | ~(x < math.inf)
+    metrics[t.NORM], metrics[t.CLIP_FACTOR] = norm, 1.0
+    if clipping.max_norm is not None and clipping.max_norm < math.inf:
+        metrics[t.CLIP_FACTOR] = (clipping.max_norm / (norm + 1e-6)).clamp(max=1.0)
+    metrics[t.SKIPPED] += bad
+
+
 def decide(
     total: Tensor, unscale: float, found_inf: bool, clipping: Clipping, metrics: Tensor
 ) -> float | None:

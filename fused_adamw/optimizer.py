@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,7 @@ from .layouts import overlaps_itself
 from .look import Members, Seen
 from .norm import check_clipping
 from .plan import Plan
-from .shards import LocalGrads, as_param, local, local_grads, local_state
+from .shards import LocalGrads, as_param, is_flattened, local, local_grads, local_state
 from .storage import StateDtype
 from .telemetry import Measures, Telemetry
 from .unfused import run_differentiable, run_reference
@@ -190,10 +191,34 @@ class FusedAdamW(Optimizer):
         self._say_who_unscales()
 
     def _say_who_unscales(self) -> None:
-        """Set the attribute by which torch's GradScaler leaves unscaling and skipping to step()."""
+        """Set the attribute by which torch's GradScaler leaves unscaling and skipping to step().
+
+        FSDP1's scaler tells the other ranks of an overflow where it unscales, and nowhere else.
+        """
         self._step_supports_amp_scaling = self.defaults["fused"] is not False and not any(
-            group["differentiable"] for group in self.param_groups
+            group["differentiable"] or any(map(is_flattened, group["params"]))
+            for group in self.param_groups
         )
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of `step`, with its hooks, and what is left to do when it raises.
+
+        GradScaler takes its scale back behind a step that ends well, and multiplies it into one
+        that is still there: the next step would unscale twice.
+        """
+        hooked = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(hooked)
+        def step(self: FusedAdamW, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hooked(self, *args, **kwargs)
+            except BaseException:
+                for name in ("grad_scale", "found_inf"):
+                    self.__dict__.pop(name, None)
+                raise
+
+        return step
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _OPTIONS}}
@@ -306,6 +331,9 @@ class FusedAdamW(Optimizer):
             plan, seen = self._current_plan(members, here, clips or asked.measured)
             measures = self._measures(plan, asked) if clips or asked.measured else {}
             tables = self._prepare(plan, asked, measures)
+            for group in differentiable:  # torch checks as it goes: nothing else has changed yet
+                with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    run_differentiable(group, self.state, step_dtype())
             copied = [(e, grad) for e in plan.copied if (grad := seen.grads[e.place]) is not None]
             if copied:
                 _copy_in(copied)
@@ -319,6 +347,9 @@ class FusedAdamW(Optimizer):
             if clips:
                 own = self._own_sums(plan, seen.grads, tables, memories)
                 norms = self._sums(plan, own, asked.found_inf)
+            if norms and not plan.by_device:  # only others update
+                for device, total in norms.items():
+                    norming.note(total, *asked[:3], self._metrics[device])
             for device, entries in plan.by_device.items():
                 norm = (norms[device], self._metrics[device]) if norms else None
                 measured = measures.get(device)
@@ -333,15 +364,12 @@ class FusedAdamW(Optimizer):
             if here is not None and asked.grad_scale is not None:
                 for place, moved in here.moved.items():
                     seen.params[place].grad = moved  # unscaled, as the others are now
-            if tables:
-                # autograd has not seen the kernel write: a stale graph shall raise
+            if tables or plan.entries.sharded:
+                # autograd has not seen the kernel write, nor DTensors: a stale graph shall raise
                 written = planning.written_by(plan, seen)
                 if asked.grad_scale is not None:
                     written = written + [g for g in seen.grads if g is not None]
                 torch.autograd.graph.increment_version(written)
-        for group in differentiable:
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                run_differentiable(group, self.state, step_dtype())
 
     def _asked(self, differentiable: bool) -> Asked:
         """What this step has to do besides the update, and with which hyper-parameters, checked."""
@@ -381,7 +409,7 @@ class FusedAdamW(Optimizer):
     def _measures(self, plan: Plan, asked: Asked) -> Mapping[torch.device, Measures]:
         """Where the step notes what it finds and does."""
         if asked.clipping.wanted:
-            self._make_metrics(plan.by_device)
+            self._make_metrics(self._everywhere(plan))
         if not asked.measured:
             return {}
         self._telemetry = measuring.follow(self._telemetry, plan)
@@ -475,11 +503,15 @@ class FusedAdamW(Optimizer):
         self, plan: Plan, own: dict[norming.Ranks, list[Tensor]], found_inf: Tensor | None
     ) -> dict[torch.device, Tensor]:
         """Sums of squares of all gradients, as each device of the plan needs them."""
-        everywhere, (_, group) = list(plan.by_device), plan.norm_over
-        if not everywhere:  # this rank has nothing to update, but others wait for its part
-            params = flat(self.param_groups)
-            everywhere = [local(params[0]).device if params else norming.device_of(group)]
-        return norming.add_up(own, everywhere, group, found_inf, plan.copies)
+        group = plan.norm_over[1]
+        return norming.add_up(own, self._everywhere(plan), group, found_inf, plan.copies)
+
+    def _everywhere(self, plan: Plan) -> list[torch.device]:
+        """Devices that take part in a norm: one, if this rank has nothing to update, for others."""
+        if plan.by_device:
+            return list(plan.by_device)
+        params = flat(self.param_groups)
+        return [local(params[0]).device if params else norming.device_of(plan.norm_over[1])]
 
     def _own_sums(
         self,
@@ -489,13 +521,16 @@ class FusedAdamW(Optimizer):
         memories: Mapping[torch.device, t.Memory],
     ) -> dict[norming.Ranks, list[Tensor]]:
         """Sums of squares on this rank, one a device, by the set of ranks that adds them up."""
+        by_kernel = {
+            device: self._launchers[device].sum_squares(table, memories[device], len(plan.meshes))
+            for device, table in tables.items()
+        }
         parts: dict[norming.Ranks, list[Tensor]] = {}
         for ranks, mesh in plan.meshes.items():
             own = parts[ranks] = []
             for device, entries in plan.by_device.items():
-                if device in tables:
-                    launcher = self._launchers[device]
-                    own.append(launcher.sum_squares(tables[device], memories[device], mesh))
+                if device in by_kernel:
+                    own.append(by_kernel[device][mesh])
                 else:
                     here = [grads[e.place] for e in entries if e.mesh == mesh]
                     own.append(reference.sum_squares(g for g in here if g is not None))
@@ -526,7 +561,7 @@ class FusedAdamW(Optimizer):
         copies: ``grad_norm``, before clipping and unscaled; ``clip_factor``, by which gradients
         were multiplied; ``skipped_steps``, all since construction, for overflows that GradScaler
         found, too. Nothing waits for the device but who reads them. Zeros before the first such
-        step, and on a rank with nothing to update.
+        step. A rank with nothing to update knows what those know that it shares the norm with.
 
         With ``group_metrics`` also float64 ``[n_groups]``, for each of ``param_groups`` as they are
         now, of its params that had a gradient in the last step that was not skipped:

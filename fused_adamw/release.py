@@ -26,7 +26,7 @@ from .launch import is_capturing, stream_of, used_here
 from .look import states_of
 from .optimizer import _OPTIONS, FusedAdamW
 from .plan import Plan
-from .shards import is_sharded, local
+from .shards import is_flattened, is_sharded, local
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -332,12 +332,16 @@ class GradientRelease:
                 "FSDP2's CPUOffloadPolicy: gradients may still be on their way to the CPU. Keep "
                 "parameters on the mesh's devices"
             )
-        several = torch.distributed.get_world_size() > 1
-        if several and not self._local_gradients and not all(map(is_sharded, params)):
+        if any(map(is_flattened, params)):
             return (
-                "plain parameters on several ranks: DDP and FSDP1 reduce their gradients after "
-                "the hooks have run, so that ranks would drift apart. Use fully_shard (FSDP2), or "
-                "pass local_gradients=True if nothing reduces them"
+                "FSDP1: when the hooks run, its gradients are not reduced, nor its parameters what "
+                "it goes on with. Use fully_shard (FSDP2)"
+            )
+        if not self._local_gradients and not all(map(is_sharded, params)):
+            return (
+                "plain parameters in a process group, be it of one rank: DDP reduces their "
+                "gradients after the hooks have run, so that ranks would drift apart. Use "
+                "fully_shard (FSDP2), or pass local_gradients=True if nothing reduces them"
             )
         return None
 

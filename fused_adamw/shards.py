@@ -31,6 +31,11 @@ def _dtensor() -> type[DTensor] | None:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+def is_flattened(x: Tensor) -> bool:
+    """Whether x is FSDP1's: a flat param, or a part of one (`use_orig_params=True`)."""
+    return bool(getattr(x, "_fsdp_flattened", False))  # private, but all that tells of both
+
+
 def local(x: Tensor) -> Tensor:
     """What lies on this rank: x itself, unless it is a DTensor."""
     # not to_local(): on a Parameter it makes a new view in every call

@@ -3,7 +3,8 @@
 Squares are taken and added in float64: those of float32 gradients neither overflow nor vanish, and
 a sum that is not finite means a gradient that is not. (Float64 gradients beyond 1e154 do overflow.)
 Each program walks every n-th chunk and has a cell of its own, so there is no atomic addition, and
-the sum has the same bits in every run.
+the sum has the same bits in every run. Tensors whose squares are added up over different ranks have
+sums of their own: for each set of ranks there are as many programs, which pass over the others'.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ def _squares(
 
 
 @triton.jit(
-    do_not_specialize=["grads", "tensors", "chunks", "n_chunks", "blocks_per_chunk", "mesh"],
+    do_not_specialize=["grads", "tensors", "chunks", "n_chunks", "blocks_per_chunk", "n_sums"],
     do_not_specialize_on_alignment=["sums"],
 )
 def _sum_squares(
     grads: tl.int64,  # addresses of parts of the table, int64: see table.py
     tensors: tl.int64,
     chunks: tl.int64,
-    sums,  # float64 [programs]
+    sums,  # float64 [meshes, n_sums], as many as there are programs
     n_chunks,
     blocks_per_chunk,
-    mesh,  # only tensors of this number count
+    n_sums,
     SIGNATURES: tl.constexpr,  # as adamw.py has them
     BLOCK: tl.constexpr,
 ):
@@ -53,7 +54,8 @@ def _sum_squares(
     tensors = tensors.to(tl.pointer_type(tl.int64))
     chunks = chunks.to(tl.pointer_type(tl.int64))
     total = tl.zeros([BLOCK], tl.float64)
-    i = tl.program_id(0)
+    mesh = tl.program_id(0) // n_sums  # only tensors of this number count
+    i = tl.program_id(0) % n_sums
     while i < n_chunks:
         chunk = tl.load(chunks + i)
         index = chunk & 0xFFFFFFFF
@@ -79,17 +81,20 @@ def _sum_squares(
                             grad, start, vectors, size, SIGNATURES[s][1], False, BLOCK
                         )
             block += 1
-        i += tl.num_programs(0)
+        i += n_sums
     tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
 
 
-def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor, mesh: int = 0) -> None:
-    """Write each program's sum of squares to `sums`, float64 [table.n_sums]; all to be added."""
+def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor) -> None:
+    """Write each program's sum of squares to `sums`, float64 [meshes, table.n_sums].
+
+    Those in a row are to be added: they are of the tensors with the row's number of a mesh.
+    """
     at, (grads, tensors, chunks) = words.data_ptr(), table.offsets
     front.launch(
         _sum_squares,
         ("norm", table.signatures, table.parameters),
-        table.n_sums,
+        sums.numel(),
         (
             at + grads,
             at + tensors,
@@ -97,7 +102,7 @@ def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor, mesh:
             sums,
             table.n_chunks,
             table.blocks_per_chunk,
-            mesh,
+            table.n_sums,
         ),
         lambda: _call(table),
     )

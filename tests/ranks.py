@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import math
 import multiprocessing
 import os
 import sys
@@ -236,14 +238,50 @@ def plain_parts_need_a_group() -> None:
 
 def nothing_to_update_on_one_rank() -> None:
     """A rank without any gradient takes part in the norm all the same."""
+    mesh, first = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank() == 0
+    backends = ("reference",) if torch.cuda.is_available() else ("reference", "triton")
+    for backend, scale in itertools.product(backends, (None, 8.0)):
+        p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+        optimizer: Any = FusedAdamW([p], max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
+        for step, value in enumerate((1.0, math.nan, 1.0, 0.25, math.inf, 1.0)):
+            p.grad = None
+            if first or step == 3:  # the other has its first one late
+                full = torch.full((4,), value)
+                p.grad = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
+            if scale is not None:
+                optimizer.grad_scale = torch.tensor(scale)
+                optimizer.found_inf = torch.tensor(float(first and step == 2))
+            optimizer.step()
+            # what both know, whoever had something to update
+            elements = 4 if step == 3 else 2
+            norm = (elements * value**2) ** 0.5 / (scale or 1.0)
+            factor = norm if math.isnan(norm) else min(1.0, 1 / (norm + 1e-6))
+            if scale is not None and step == 2:
+                norm, factor = math.inf, 0.0
+            found = optimizer.metrics()
+            wanted = {"grad_norm": norm, "clip_factor": factor}
+            wanted["skipped_steps"] = [0, 1, 1 + bool(scale)][min(step, 2)] + (step > 3)
+            for key, x in wanted.items():
+                torch.testing.assert_close(
+                    found[key], torch.tensor(x).double(), rtol=1e-6, atol=0, equal_nan=True
+                )
+        assert optimizer.state[p]["step"].item() == (4 - bool(scale) if first else 1)
+
+
+def stale_graph(backend: str) -> None:
+    """Of DTensors, too: what a step has changed is no longer there for a backward of before it."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
-    optimizer = FusedAdamW([p], max_grad_norm=1.0)
-    if dist.get_rank() == 0:
-        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)
-    optimizer.step()
-    if dist.get_rank() == 0:
-        assert optimizer.metrics()["grad_norm"].item() == 2**0.5
+    for layout in Replicate(), Shard(0):
+        p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [layout]))
+        idle = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [layout]))
+        optimizer: Any = FusedAdamW([p, idle], backend=backend)  # type: ignore[arg-type]
+        loss = (p * p).sum()
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        before = idle._version
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()  # type: ignore[no-untyped-call]
+        assert idle._version == before
 
 
 def measure_across_ranks(shape: tuple[int, ...], backend: str) -> None:

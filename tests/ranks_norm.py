@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_adamw import FusedAdamW
+from fused_adamw.kernels.front import Front
 from fused_adamw.shards import local
 
 
@@ -218,7 +219,7 @@ def fsdp1(use_orig_params: bool) -> None:
 
 
 def sharded_grad_scaler(unscale_first: bool) -> None:
-    """An overflow on one rank of FSDP1: all skip and lower their scale.
+    """An overflow on one rank: all skip and lower their scale.
 
     torch's ShardedGradScaler adds up what ranks have found in unscale_() alone: the user calls it,
     or step() does with fused=False.
@@ -237,6 +238,65 @@ def sharded_grad_scaler(unscale_first: bool) -> None:
         scaler.update()
         assert scaler.get_scale() == 4.0
         assert torch.equal(p, torch.ones(3)) == overflow
+
+
+def grad_scaler_of_fsdp1(use_orig_params: bool) -> None:
+    """Its scaler unscales by itself, so that all learn of an overflow; beside torch's default."""
+    nets = [Net() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    wrapped = [
+        FullyShardedDataParallel(
+            net, device_id=torch.device("cpu"), use_orig_params=use_orig_params
+        )
+        for net in nets
+    ]
+    options: dict[str, Any] = {"max_grad_norm": 1e9, "grad_norm_group": dist.group.WORLD}
+    optimizers = [
+        FusedAdamW(wrapped[0].parameters(), **OPTIONS, **options),
+        torch.optim.AdamW(wrapped[1].parameters(), **OPTIONS),
+    ]
+    scalers = [ShardedGradScaler("cpu", init_scale=8.0) for _ in wrapped]
+    for step in range(4):
+        for net, optimizer, scaler in zip(wrapped, optimizers, scalers, strict=True):
+            torch.manual_seed(10 * step + dist.get_rank())
+            optimizer.zero_grad()
+            scaler.scale(net(torch.randn(3, 6)).square().mean()).backward()
+            if step == 1 and dist.get_rank() == 1:
+                grads = [p.grad for p in net.parameters() if p.grad is not None]
+                next(g for g in grads if g.numel()).view(-1)[0] = math.inf
+            scaler.step(optimizer)
+            scaler.update()
+        assert [scaler.get_scale() for scaler in scalers] == [8.0 if step < 1 else 4.0] * 2
+        for p, q in zip(*(net.parameters() for net in wrapped), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def one_launch_for_all_meshes() -> None:
+    """Of the norm, on four ranks: over both dimensions, over one, over none, and plain."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [[Shard(0), Shard(1)], [Shard(0), Replicate()], [Replicate(), Shard(0)]]
+    params: list[Tensor] = [
+        nn.Parameter(distribute_tensor(torch.ones(4, 4), grid, layout)) for layout in layouts
+    ]
+    params.append(nn.Parameter(torch.ones(3)))
+    optimizer = FusedAdamW(params, max_grad_norm=1.0, backend="triton")
+    launched = []
+    launch = Front.launch
+
+    def noted(self: Front, kernel: Any, *rest: Any) -> Any:
+        launched.append(kernel.fn.__name__)
+        return launch(self, kernel, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Front, "launch", noted)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, i + 1.0)
+            optimizer.step()
+            assert launched == ["_sum_squares", "_schedule", "_adamw"] * (step + 1)
+            squares = 16 * (1 + 4 + 9) + 3 * 16.0
+            norm = optimizer.metrics()["grad_norm"]
+            torch.testing.assert_close(norm, torch.tensor(squares).double().sqrt())
 
 
 def found_inf_on_one_rank(backend: str, plain: bool) -> None:

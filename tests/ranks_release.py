@@ -11,6 +11,7 @@ from ranks import OPTIONS, Net, backward, fsdp, whole
 from ranks_norm import collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fused_adamw import FusedAdamW, release_gradients
@@ -175,11 +176,24 @@ def no_collective_unless_clipped() -> None:
                 assert len(made) == clips
 
 
-def plain_params_alone() -> None:
-    """A process group of one rank reduces nothing."""
+def one_rank() -> None:
+    """DDP reduces there, too, and FSDP1's mixed precision has other params meanwhile."""
+    mixed = MixedPrecision(param_dtype=torch.bfloat16)
+    for use_orig_params in (False, True):
+        flat = FullyShardedDataParallel(
+            Net(),
+            device_id=torch.device("cpu"),
+            mixed_precision=mixed,
+            use_orig_params=use_orig_params,
+        )
+        optimizer = FusedAdamW(flat.parameters())
+        with pytest.raises(RuntimeError, match="excludes FSDP1"):
+            release_gradients(optimizer, local_gradients=True)
     net = Net()
     optimizer = FusedAdamW(net.parameters())
-    release_gradients(optimizer)
+    with pytest.raises(RuntimeError, match="be it of one rank: DDP"):
+        release_gradients(optimizer)
+    release_gradients(optimizer, local_gradients=True)
     backward(net, 0)
     optimizer.step()
     assert all(p.grad is None for p in net.parameters())

@@ -314,6 +314,19 @@ def test_metrics_follow_params_to_another_device(device: torch.device) -> None:
         assert list(optimizer._metrics) == [p.device]
 
 
+def test_metrics_of_a_step_without_gradients(device: torch.device, backend: str) -> None:
+    """Its norm is 0, as torch's; and GradScaler may skip it all the same."""
+    p = Parameter(torch.ones(3, device=device))
+    optimizer: Any = FusedAdamW([p], max_grad_norm=0.5, backend=backend)  # type: ignore[arg-type]
+    for found_inf in (0.0, 1.0):
+        optimizer.grad_scale = torch.tensor(8.0, device=device)
+        optimizer.found_inf = torch.tensor(found_inf, device=device)
+        optimizer.step()
+        metrics = {key: x.item() for key, x in optimizer.metrics().items()}
+        assert metrics == {"grad_norm": 0, "clip_factor": 1, "skipped_steps": found_inf}
+    assert not optimizer.state[p]
+
+
 def test_off_there_is_nothing_to_launch(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +346,7 @@ def test_off_there_is_nothing_to_launch(
     assert optimizer.metrics()["skipped_steps"].item() == 0
     optimizer.skip_nonfinite = True
     optimizer.step()
-    assert launched == [0], "one launch, whatever the number of tensors and dtypes"
+    assert launched == [1], "one launch, whatever the number of tensors and dtypes"
 
 
 def test_copies_keep_the_options_and_checkpoints_leave_them_out(device: torch.device) -> None:

@@ -530,6 +530,18 @@ def test_differentiable_is_torchs_own(decoupled: bool, amsgrad: bool) -> None:
     assert all(x.abs().max() > 0 for x in ours)
 
 
+def test_a_differentiable_group_that_raises_comes_first(device: torch.device, backend: str) -> None:
+    p, q = (Parameter(torch.ones(3, device=device)) for _ in range(2))
+    groups = [{"params": [p]}, {"params": [q], "differentiable": True}]
+    optimizer = FusedAdamW(groups, backend=backend)  # type: ignore[arg-type]
+    step_all(optimizer)
+    before = [x.clone() for x in (p, *optimizer.state[p].values())]
+    optimizer.state[q]["exp_avg"] = torch.zeros(4, device=device)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        step_all(optimizer)
+    assert all(map(torch.equal, before, (p, *optimizer.state[p].values())))
+
+
 @each("by_default", [False, True], ids=["group_alone", "by_default"])
 def test_a_graph_is_recorded_if_differentiable_is_the_default(
     device: torch.device, backend: str, by_default: bool

@@ -363,6 +363,42 @@ def test_a_graph_of_the_whole_training_step_equals_eager(scaled: bool, replays: 
     assert captured.scaler.get_scale() == eager.scaler.get_scale()
 
 
+class Elementwise(torch.nn.Module):
+    """No matrix product: cuBLAS may choose other kernels in a capture, and so other bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (
+            torch.nn.Parameter(torch.randn(64, device="cuda")) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 64] -> [n]."""
+        return ((x * self.first).tanh() * self.second).sum(1)
+
+
+def test_beside_make_graphed_callables() -> None:
+    """Forward and backward replayed, whose gradients lie where the graph has them; step() eager."""
+    nets = Elementwise(), Elementwise()
+    torch.cuda.make_graphed_callables(nets[0], (torch.randn(16, 64, device="cuda"),))
+    optimizers = [
+        FusedAdamW(net.parameters(), max_grad_norm=0.5, skip_nonfinite=True) for net in nets
+    ]
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
+    for step in range(20):
+        torch.manual_seed(step)
+        x = torch.randn(16, 64, device="cuda")
+        x[3, 2] = torch.inf if step == 5 else 1.0
+        for net, optimizer, schedule in zip(nets, optimizers, schedules, strict=True):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+        assert_equal_bits(list(nets[0].parameters()), list(nets[1].parameters()))
+    assert optimizers[0].metrics()["skipped_steps"] == 1
+
+
 def test_clipping_wants_a_step_with_it_before_the_capture() -> None:
     params = make([torch.float32])
     adamw = FusedAdamW(params)

@@ -102,6 +102,11 @@ def test_plain_parts_are_clipped_by_a_group() -> None:
     on_ranks(2, ranks.plain_parts_need_a_group)
 
 
+def test_a_stale_graph_raises(backend: str) -> None:
+    need_interpreter(backend)
+    on_ranks(2, ranks.stale_graph, backend)
+
+
 def test_norm_with_nothing_to_update_on_one_rank() -> None:
     on_ranks(2, ranks.nothing_to_update_on_one_rank)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -156,6 +157,49 @@ def test_unscaled_gradients_of_another_layout(
         theirs.step()
         assert same_bits(p.grad, want)
         assert_same(ours, theirs)
+
+
+@contextlib.contextmanager
+def hooked(optimizer: torch.optim.Optimizer, hook: Callable[..., None]) -> Iterator[None]:
+    """With a hook before its steps."""
+    handle = optimizer.register_step_pre_hook(hook)
+    yield
+    handle.remove()
+
+
+@each("by_hook", [True, False], ids=["hook", "step"])
+@each("fused", [None, False], ids=["in_kernel", "by_scaler"])
+def test_a_step_that_raises_leaves_no_scale_behind(
+    device: torch.device, backend: str, fused: bool | None, by_hook: bool
+) -> None:
+    """Or GradScaler multiplies the next one into it. Beside torch's default, where it unscales."""
+    p, q = (Parameter(torch.linspace(-1, 1, 8, device=device)) for _ in range(2))
+    ours = FusedAdamW([p], lr=0.1, backend=backend, fused=fused)  # type: ignore[arg-type]
+    theirs = torch.optim.AdamW([q], lr=0.1)
+    scalers = [torch.amp.GradScaler(device.type, init_scale=1024.0) for _ in range(2)]
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    for step in range(4):
+        for x, optimizer, scaler in zip((p, q), (ours, theirs), scalers, strict=True):
+            x.grad = torch.linspace(1, step + 2, 8, device=device)
+            x.grad *= scaler.scale(torch.ones_like(x))
+            if step != 1:
+                scaler.step(optimizer)
+            elif by_hook:
+                with hooked(optimizer, full), pytest.raises(OSError, match="disk"):
+                    scaler.step(optimizer)
+            elif optimizer is ours:
+                ours.param_groups[0]["weight_decay"] = -1.0
+                with pytest.raises(ValueError, match="weight_decay"):
+                    scaler.step(ours)
+                ours.param_groups[0]["weight_decay"] = 0.01
+            if step != 1 or by_hook or optimizer is ours:
+                scaler.update()
+        assert not hasattr(ours, "grad_scale")
+        assert not hasattr(ours, "found_inf")
+        torch.testing.assert_close(p, q, **FLOAT32)
 
 
 def test_group_that_is_differentiable_leaves_unscaling_to_the_scaler(device: torch.device) -> None:

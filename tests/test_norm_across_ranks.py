@@ -25,6 +25,11 @@ def test_meshes_of_two_dimensions() -> None:
     on_ranks(4, in_turn, [(scenario,) for scenario in scenarios])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on CUDA there")
+def test_the_norm_is_one_launch() -> None:
+    on_ranks(4, ranks.one_launch_for_all_meshes)
+
+
 def test_given_group() -> None:
     scenarios = ranks.pipeline_stages, ranks.mesh_of_other_ranks, ranks.group_over_the_mesh_itself
     on_ranks(4, in_turn, [(scenario,) for scenario in scenarios])
@@ -35,7 +40,8 @@ def test_zero_redundancy_optimizer() -> None:
 
 
 def test_fsdp1() -> None:
-    on_ranks(2, in_turn, [(ranks.fsdp1, False), (ranks.fsdp1, True)])
+    scenarios = ranks.fsdp1, ranks.grad_scaler_of_fsdp1
+    on_ranks(2, in_turn, [(scenario, flat) for scenario in scenarios for flat in (False, True)])
 
 
 def test_overflow_on_one_rank() -> None:

@@ -747,4 +747,4 @@ def test_not_finite_beside_copies() -> None:
 
 @needs_gloo
 def test_plain_params_on_one_rank() -> None:
-    on_ranks(1, ranks_release.plain_params_alone)
+    on_ranks(1, ranks_release.one_rank)
