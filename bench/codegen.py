@@ -66,6 +66,7 @@ class Case(NamedTuple):
     scaled: bool = False  # under GradScaler: unscaled gradients are stored, steps may be skipped
     kernel: Literal["adamw", "schedule", "norm"] = "adamw"
     clipped: bool = False  # the schedule takes a norm
+    meshes: int = 1  # over whose ranks squares are added up
     measured: bool = False  # with group_metrics
     variant: dict[str, Any] = {}  # noqa: RUF012  # launch parameters other than the target's own
 
@@ -126,6 +127,7 @@ SETS = {
     "norm-fp32": Case((_ALL["fp32"],), kernel="norm"),
     "norm-bf16": Case((_ALL["bf16"],), kernel="norm"),
     "norm-mixed+fp32": Case((_MIXED, _ALL["fp32"]), kernel="norm"),
+    "norm-meshes": Case((_MIXED, _ALL["fp32"]), kernel="norm", meshes=2),
     "schedule-measured": Case((_ALL["fp32"],), kernel="schedule", measured=True),
     "schedule-scaled": Case((_ALL["fp32"],), scaled=True, kernel="schedule"),
     "schedule-fp64-scaled": Case((_ALL["fp64"],), scaled=True, kernel="schedule"),
@@ -259,7 +261,8 @@ def compile_case(name: str, target: str, case: Case | None = None, *, count: boo
             rates = t.pack_rates([1e-3])
             schedule.schedule(Front(), table, MEMORY, scalar, scalar, given, counted, rates)
         elif case.kernel == "norm":
-            norm.sum_squares(Front(), table, MEMORY.words, cast(Tensor, Address(torch.float64)))
+            sums = cast(Tensor, Address(torch.float64))
+            norm.sum_squares(Front(), table, MEMORY.words, sums, case.meshes)
         else:
             rows = cast(Tensor, Address(torch.float32)) if case.measured else None
             adamw.adamw(Front(), table, MEMORY, store_grad=case.scaled, rows=rows)

@@ -239,7 +239,7 @@ class Launcher:
                 sums = whole, *whole
             if not self._capturing:  # else it is the graph's own memory
                 self._sums = sums
-            self.kernels.norm.sum_squares(self._front, table, memory.words, sums[0])
+            self.kernels.norm.sum_squares(self._front, table, memory.words, sums[0], meshes)
         return sums[1:]
 
     def launch(

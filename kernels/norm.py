@@ -49,13 +49,16 @@ def _sum_squares(
     n_sums,
     SIGNATURES: tl.constexpr,  # as adamw.py has them
     BLOCK: tl.constexpr,
+    ONE: tl.constexpr,  # whether there is one mesh: 8 to 16 registers fewer, and more in flight
 ):
     grads = grads.to(tl.pointer_type(tl.int64))
     tensors = tensors.to(tl.pointer_type(tl.int64))
     chunks = chunks.to(tl.pointer_type(tl.int64))
     total = tl.zeros([BLOCK], tl.float64)
-    mesh = tl.program_id(0) // n_sums  # only tensors of this number count
-    i = tl.program_id(0) % n_sums
+    i = tl.program_id(0)
+    if not ONE:
+        mesh = i // n_sums  # only tensors of this number count
+        i %= n_sums
     while i < n_chunks:
         chunk = tl.load(chunks + i)
         index = chunk & 0xFFFFFFFF
@@ -66,7 +69,10 @@ def _sum_squares(
         n_blocks = tl.minimum(
             (tl.load(tensor + NUMEL) + BLOCK - 1) // BLOCK, block + blocks_per_chunk
         )
-        if (grad == 0) | (tl.load(tensor + _MESH) != mesh):
+        here = grad != 0
+        if not ONE:
+            here &= tl.load(tensor + _MESH) == mesh
+        if not here:
             n_blocks = block
         while block < n_blocks:
             start = block * BLOCK
@@ -85,7 +91,7 @@ def _sum_squares(
     tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
 
 
-def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor) -> None:
+def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor, meshes: int = 1) -> None:
     """Write each program's sum of squares to `sums`, float64 [meshes, table.n_sums].
 
     Those in a row are to be added: they are of the tensors with the row's number of a mesh.
@@ -93,8 +99,8 @@ def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor) -> No
     at, (grads, tensors, chunks) = words.data_ptr(), table.offsets
     front.launch(
         _sum_squares,
-        ("norm", table.signatures, table.parameters),
-        sums.numel(),
+        ("norm", table.signatures, table.parameters, meshes == 1),
+        meshes * table.n_sums,
         (
             at + grads,
             at + tensors,
@@ -104,14 +110,18 @@ def sum_squares(front: Front, table: t.Table, words: Tensor, sums: Tensor) -> No
             table.blocks_per_chunk,
             table.n_sums,
         ),
-        lambda: _call(table),
+        lambda: _call(table, meshes),
     )
 
 
-def _call(table: t.Table) -> Call:
+def _call(table: t.Table, meshes: int) -> Call:
     tuned = table.parameters
     return Call(
-        {"SIGNATURES": constexpr_signatures(table.signatures), "BLOCK": tuned.elements},
+        {
+            "SIGNATURES": constexpr_signatures(table.signatures),
+            "BLOCK": tuned.elements,
+            "ONE": meshes == 1,
+        },
         {
             "num_warps": tuned.num_warps * min(tuned.blocks_per_program, 4),
             "enable_fp_fusion": False,
