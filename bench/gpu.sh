@@ -53,7 +53,7 @@ for name in $parts; do
         # `kernels`, on the path. When its time is up pytest alone is told, by INT, and says how far
         # it came.
         together=$("$python" -c 'import xdist; print("-n 12 --dist worksteal")' 2>/dev/null)
-        part tests 155 bash -c "cd tests && timeout --foreground -s INT 145 '$python' -m pytest -q \
+        part tests 190 bash -c "cd tests && timeout --foreground -s INT 180 '$python' -m pytest -q \
             --maxfail=20 --durations=15 $together ${cases:+--collect-only} --ignore=test_generated_code.py \
             --ignore=test_packaging.py --ignore=test_bench.py --ignore=test_checkpoint.py \
             --ignore=test_distributed.py --ignore-glob='*_across_ranks.py' ."
@@ -73,7 +73,7 @@ for name in $parts; do
         ;;
     # among the logs: the device machine gives 8 files back
     accuracy)
-        part accuracy 150 "$python" bench/accuracy.py --out "$logs/accuracy" \
+        part accuracy 190 "$python" bench/accuracy.py --out "$logs/accuracy" \
             ${commit:+--commit "$commit"} ${cases:+--steps 10} &
         ;;
     # shellcheck disable=SC2086  # the cases are words
@@ -89,7 +89,7 @@ for name in $parts; do
         timed phases 40 "$python" bench/phases.py ${commit:+--commit "$commit"} \
             ${cases:+--cases $cases --rounds 2}
         ;;
-    train) timed train 45 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
+    train) timed train 70 "$python" bench/train.py --out "$out" ${cases:+--size tiny} ;;
     ncu)
         for format in fp32 bf16 bf16+int8 bf16+master+int8; do
             timed "ncu-$format" 30 ncu --clock-control none --kernel-name regex:_adamw --launch-skip 1 \
