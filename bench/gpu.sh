@@ -24,7 +24,11 @@ part() { # name, seconds at most, command ...
     local name=$1 limit=$2 start=$SECONDS code
     local left=$((460 - SECONDS))
     shift 2
-    limit=$((limit < left ? limit : left > 0 ? left : 1))
+    if [ "$left" -lt 5 ]; then
+        printf '%-20s exit %-3s not run: the time is over\n' "$name" 124 | tee -a "$out/summary.txt"
+        return
+    fi
+    limit=$((limit < left ? limit : left))
     timeout -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
     code=$?
     printf '%-20s exit %-3s %4ss  %s\n' "$name" "$code" "$((SECONDS - start))" "$*" | tee -a "$out/summary.txt"

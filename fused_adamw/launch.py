@@ -117,7 +117,7 @@ class Asked(NamedTuple):
         return self.grad_scale is not None, self.found_inf is not None, skip, self.measured
 
 
-_ONLY_UPDATE = (False, False, None, False)  # the variant of a step that does nothing else
+_ONLY_UPDATE = (False, False, None, False, False)  # the variant of a step that does nothing else
 
 
 class Again(NamedTuple):
@@ -168,10 +168,16 @@ class Launcher:
         return sum(x.nbytes for x in (*kept, *self._sums[:1]))
 
     def prepare(
-        self, table: t.Table, groups: GroupRows, asked: Asked, rows: Tensor | None = None
+        self,
+        table: t.Table,
+        groups: GroupRows,
+        asked: Asked,
+        one_mesh: bool = True,
+        rows: Tensor | None = None,
     ) -> t.Table:
         """The table with its groups, when all that can fail before the first launch has not.
 
+        one_mesh: whether the norm, if there is one, has one set of sums.
         rows: of measures, as kernels/adamw.py takes them, or None.
 
         Raises:
@@ -199,7 +205,9 @@ class Launcher:
                 "reserved for the tensors of this step. Run one step() outside the capture before "
                 "each capture, with gradients for the same parameters."
             )
-        self._prepared = table.signatures, table.parameters, asked.variant, bool(groups.rates)
+        variant = asked.variant
+        of_norm = variant[2] is not None and one_mesh
+        self._prepared = table.signatures, table.parameters, (*variant, of_norm), bool(groups.rates)
         known = self._prepared in self._launched
         if capturing and not known:
             raise RuntimeError(

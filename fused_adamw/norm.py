@@ -228,16 +228,17 @@ def note(
     clipping: Clipping,
     metrics: Tensor,
 ) -> None:
-    """The metrics of a step in which this rank updates nothing, as `decide`'s; without a wait.
+    """The metrics of a step in which this rank updates nothing, as `decide`'s.
 
-    total: sums of squares of all gradients, to be added up, where the metrics are.
+    Without a wait, unless the metrics are on the CPU and the scalars are not. total: sums of
+    squares of all gradients, to be added up, where the metrics are.
     """
     x = total.sum()
     norm, bad = x.sqrt(), torch.zeros_like(x, dtype=torch.bool)
     if grad_scale is not None:
-        norm = norm * (1 / _to(grad_scale, x.device).double()).abs()
+        norm = norm * (1 / _to(grad_scale, x.device).reshape(()).double()).abs()
     if found_inf is not None:
-        bad = _to(found_inf, x.device) != 0
+        bad = _to(found_inf, x.device).reshape(()) != 0
     if clipping.skip_nonfinite:
         bad = bad | ~(x < math.inf)
     metrics[t.NORM], metrics[t.CLIP_FACTOR] = norm, 1.0

@@ -60,8 +60,8 @@ class FusedAdamW(Optimizer):
         amsgrad: use the maximum of all second moments so far.
         maximize: maximize the objective.
         foreach, fused, capturable: accepted as torch has them. ``fused=False`` leaves unscaling to
-            ``GradScaler``; otherwise it is done in the kernel. Nothing else depends on them: every
-            step can be captured in a CUDA graph, after one that was not.
+            ``GradScaler``, as does FSDP1; otherwise it is done in the kernel. Nothing else depends
+            on them: every step can be captured in a CUDA graph, after one that was not.
         differentiable: let autograd see the step, which torch's functional AdamW then carries out.
         decoupled_weight_decay: False adds the decay to the gradient, as :class:`torch.optim.Adam`
             does. It belongs to the group as constructed: loading a checkpoint keeps it.
@@ -109,6 +109,7 @@ class FusedAdamW(Optimizer):
     """
 
     _release: GradientRelease | None = None  # belongs to no copy: deepcopy and pickle leave it out
+    _in_step = False
 
     def __init__(
         self,
@@ -188,35 +189,43 @@ class FusedAdamW(Optimizer):
         self._metrics: dict[torch.device, Tensor] = self.__dict__.get("_metrics", {})
         if self._release is not None:
             self._release.forget_norm()
-        self._say_who_unscales()
 
-    def _say_who_unscales(self) -> None:
-        """Set the attribute by which torch's GradScaler leaves unscaling and skipping to step().
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch's GradScaler, which asks in each step, is to leave unscaling to step().
 
         FSDP1's scaler tells the other ranks of an overflow where it unscales, and nowhere else.
         """
-        self._step_supports_amp_scaling = self.defaults["fused"] is not False and not any(
-            group["differentiable"] or any(map(is_flattened, group["params"]))
-            for group in self.param_groups
-        )
+        if self.defaults["fused"] is False:
+            return False
+        if any(group["differentiable"] for group in self.param_groups):
+            return False
+        in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return not (in_group and any(map(is_flattened, flat(self.param_groups))))
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """torch's wrapper of `step`, with its hooks, and what is left to do when it raises.
 
         GradScaler takes its scale back behind a step that ends well, and multiplies it into one
-        that is still there: the next step would unscale twice.
+        that is still there: the next step would unscale twice. A `grad_scale` of the user's goes
+        too, as it does behind a step that ends well.
         """
         hooked = Optimizer.profile_hook_step(func)
 
         @functools.wraps(hooked)
         def step(self: FusedAdamW, *args: Any, **kwargs: Any) -> Any:
+            if self._in_step:  # a subclass's, which may try again
+                return hooked(self, *args, **kwargs)
+            self._in_step = True
             try:
                 return hooked(self, *args, **kwargs)
             except BaseException:
                 for name in ("grad_scale", "found_inf"):
                     self.__dict__.pop(name, None)
                 raise
+            finally:
+                self._in_step = False
 
         return step
 
@@ -292,7 +301,6 @@ class FusedAdamW(Optimizer):
         added["betas"] = _scalar_betas(added["betas"])
         if "state_dtype" in added:
             added["state_dtype"] = storing.named(added["state_dtype"])
-        self._say_who_unscales()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -302,7 +310,8 @@ class FusedAdamW(Optimizer):
 
         Raises:
             TypeError, RuntimeError, ValueError: tensors or hyper-parameters that cannot be used;
-                parameters, state and steps are then as they were.
+                parameters, state and steps are then as they were, but those of groups with
+                ``differentiable=True``, which torch checks as it goes.
         """
         loss = None
         if closure is not None:
@@ -331,7 +340,7 @@ class FusedAdamW(Optimizer):
             plan, seen = self._current_plan(members, here, clips or asked.measured)
             measures = self._measures(plan, asked) if clips or asked.measured else {}
             tables = self._prepare(plan, asked, measures)
-            for group in differentiable:  # torch checks as it goes: nothing else has changed yet
+            for group in differentiable:  # torch checks as it goes: no other group has changed yet
                 with torch.set_grad_enabled(self.defaults["differentiable"]):
                     run_differentiable(group, self.state, step_dtype())
             copied = [(e, grad) for e in plan.copied if (grad := seen.grads[e.place]) is not None]
@@ -350,6 +359,8 @@ class FusedAdamW(Optimizer):
             if norms and not plan.by_device:  # only others update
                 for device, total in norms.items():
                     norming.note(total, *asked[:3], self._metrics[device])
+                    if is_capturing(device):
+                        self._captured.append((asked, self._metrics[device]))
             for device, entries in plan.by_device.items():
                 norm = (norms[device], self._metrics[device]) if norms else None
                 measured = measures.get(device)
@@ -394,7 +405,8 @@ class FusedAdamW(Optimizer):
             )
         _check_backend(self.backend)
         self._hypers.check(self.param_groups, clipping.max_norm)
-        if found_inf is not None:  # what one rank has found is in the norm of all
+        # what one rank has found is in the norm of all; one without gradients has a scale alone
+        if grad_scale is not None or found_inf is not None:
             clipping = clipping._replace(skip_nonfinite=clipping.wanted)
         return Asked(grad_scale, found_inf, clipping, self.group_metrics)
 
@@ -424,6 +436,7 @@ class FusedAdamW(Optimizer):
                 table,
                 self._hypers.rows(self.param_groups, device, asked.clipping.max_norm),
                 asked,
+                len(plan.meshes) == 1,
                 rows=measures[device].rows if measures else None,
             )
             for device, table in plan.tables.items()
@@ -508,10 +521,11 @@ class FusedAdamW(Optimizer):
 
     def _everywhere(self, plan: Plan) -> list[torch.device]:
         """Devices that take part in a norm: one, if this rank has nothing to update, for others."""
-        if plan.by_device:
-            return list(plan.by_device)
-        params = flat(self.param_groups)
-        return [local(params[0]).device if params else norming.device_of(plan.norm_over[1])]
+        if plan.by_device or self._metrics:
+            return list(plan.by_device) or list(self._metrics)[:1]
+        devices = (local(p).device for p in flat(self.param_groups))
+        somewhere = (device for device in devices if device.type != "meta")
+        return [next(somewhere, None) or norming.device_of(plan.norm_over[1])]
 
     def _own_sums(
         self,
@@ -560,8 +574,9 @@ class FusedAdamW(Optimizer):
         Returns 0-dim float64 tensors on the device of the params that the last such step updated,
         copies: ``grad_norm``, before clipping and unscaled; ``clip_factor``, by which gradients
         were multiplied; ``skipped_steps``, all since construction, for overflows that GradScaler
-        found, too. Nothing waits for the device but who reads them. Zeros before the first such
-        step. A rank with nothing to update knows what those know that it shares the norm with.
+        found, too, unless it then skipped by itself (``fused=False``, FSDP1). Nothing waits for the
+        device but who reads them. Zeros before the first such step. A rank with nothing to update
+        knows what those know that it shares the norm with.
 
         With ``group_metrics`` also float64 ``[n_groups]``, for each of ``param_groups`` as they are
         now, of its params that had a gradient in the last step that was not skipped:

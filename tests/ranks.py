@@ -250,7 +250,8 @@ def nothing_to_update_on_one_rank() -> None:
                 p.grad = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
             if scale is not None:
                 optimizer.grad_scale = torch.tensor(scale)
-                optimizer.found_inf = torch.tensor(float(first and step == 2))
+                found_inf = torch.tensor(float(first and step == 2))
+                optimizer.found_inf = 0 if p.grad is None else found_inf  # as GradScaler has it
             optimizer.step()
             # what both know, whoever had something to update
             elements = 4 if step == 3 else 2

@@ -241,18 +241,23 @@ def sharded_grad_scaler(unscale_first: bool) -> None:
 
 
 def grad_scaler_of_fsdp1(use_orig_params: bool) -> None:
-    """Its scaler unscales by itself, so that all learn of an overflow; beside torch's default."""
+    """Its scaler unscales by itself, so that all learn of an overflow; beside torch's default.
+
+    Params that stay what they are may be wrapped when the optimizer is there.
+    """
     nets = [Net() for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
+    options: dict[str, Any] = {"max_grad_norm": 1e9, "grad_norm_group": dist.group.WORLD}
+    early = FusedAdamW(nets[0].parameters(), **OPTIONS, **options)
     wrapped = [
         FullyShardedDataParallel(
             net, device_id=torch.device("cpu"), use_orig_params=use_orig_params
         )
         for net in nets
     ]
-    options: dict[str, Any] = {"max_grad_norm": 1e9, "grad_norm_group": dist.group.WORLD}
+    late = FusedAdamW(wrapped[0].parameters(), **OPTIONS, **options)
     optimizers = [
-        FusedAdamW(wrapped[0].parameters(), **OPTIONS, **options),
+        early if use_orig_params else late,
         torch.optim.AdamW(wrapped[1].parameters(), **OPTIONS),
     ]
     scalers = [ShardedGradScaler("cpu", init_scale=8.0) for _ in wrapped]

@@ -318,13 +318,31 @@ def test_metrics_of_a_step_without_gradients(device: torch.device, backend: str)
     """Its norm is 0, as torch's; and GradScaler may skip it all the same."""
     p = Parameter(torch.ones(3, device=device))
     optimizer: Any = FusedAdamW([p], max_grad_norm=0.5, backend=backend)  # type: ignore[arg-type]
-    for found_inf in (0.0, 1.0):
-        optimizer.grad_scale = torch.tensor(8.0, device=device)
-        optimizer.found_inf = torch.tensor(found_inf, device=device)
-        optimizer.step()
-        metrics = {key: x.item() for key, x in optimizer.metrics().items()}
-        assert metrics == {"grad_norm": 0, "clip_factor": 1, "skipped_steps": found_inf}
+    for shape in (), (1,):  # ShardedGradScaler's
+        optimizer._metrics.clear()
+        for found_inf in (0.0, 1.0):
+            optimizer.grad_scale = torch.full(shape, 8.0, device=device)
+            optimizer.found_inf = torch.full(shape, found_inf, device=device)
+            optimizer.step()
+            metrics = {key: x.item() for key, x in optimizer.metrics().items()}
+            assert metrics == {"grad_norm": 0, "clip_factor": 1, "skipped_steps": found_inf}
     assert not optimizer.state[p]
+
+
+def test_metrics_stay_where_they_are_in_a_step_without_gradients(device: torch.device) -> None:
+    """Nor do they go to a param that is nowhere."""
+    idle, p = Parameter(torch.ones(4, device="meta")), Parameter(torch.ones(4, device=device))
+    optimizer = FusedAdamW([idle, p], max_grad_norm=1.0)
+    optimizer.step()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = optimizer._metrics[device]
+    p.grad = None
+    optimizer.state.clear()  # p is as if it had never been updated
+    optimizer.step()
+    assert list(optimizer._metrics) == [device]
+    assert optimizer._metrics[device] is kept
+    assert optimizer.metrics()["grad_norm"] == 0
 
 
 def test_off_there_is_nothing_to_launch(

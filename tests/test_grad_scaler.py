@@ -202,6 +202,27 @@ def test_a_step_that_raises_leaves_no_scale_behind(
         torch.testing.assert_close(p, q, **FLOAT32)
 
 
+def test_a_subclass_may_try_again(device: torch.device, backend: str) -> None:
+    class Patient(FusedAdamW):
+        def step(self, closure: Any = None) -> Any:
+            try:
+                return super().step(closure)
+            except ValueError:
+                self.param_groups[0]["weight_decay"] = 0.01
+                return super().step(closure)
+
+    FusedAdamW([Parameter(torch.ones(1, device=device))])  # its step has hooks of its own by now
+    p = Parameter(torch.ones(4, device=device))
+    optimizer: Any = Patient([p], max_grad_norm=1e9, backend=backend)  # type: ignore[arg-type]
+    optimizer.param_groups[0]["weight_decay"] = -1.0
+    p.grad = torch.full_like(p, 8)
+    optimizer.grad_scale = torch.tensor(8.0, device=device)
+    optimizer.found_inf = torch.tensor(0.0, device=device)
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"] == 2
+    assert optimizer.grad_scale == 8  # GradScaler takes it back
+
+
 def test_group_that_is_differentiable_leaves_unscaling_to_the_scaler(device: torch.device) -> None:
     p, q = (Parameter(torch.ones(3, device=device)) for _ in range(2))
     ours = FusedAdamW([{"params": [p]}, {"params": [q], "differentiable": True}])

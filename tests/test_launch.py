@@ -267,6 +267,20 @@ def test_captured_step_keeps_its_scalars_alive(
     assert copied() is not None
 
 
+def test_a_capture_wants_a_norm_of_as_many_meshes_before_it(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel is another for one than for several."""
+    adamw: Any = FusedAdamW(model(device), max_grad_norm=1.0, backend="triton")
+    adamw.step()
+    launcher, asked = adamw._launchers[device], adamw._asked(False)
+    arguments = launcher._given, launcher._group_rows, asked
+    with Recording(monkeypatch):
+        launcher.prepare(*arguments, True)
+        with pytest.raises(RuntimeError, match="with the same options outside the capture"):
+            launcher.prepare(*arguments, False)
+
+
 def test_captured_norm_has_sums_of_its_own(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,8 +456,12 @@ def test_going_again_passes_what_a_launch_would(
     passed: list[list[object]] = []
     went: list[bool] = []
 
+    streams: list[int | None] = []
+    current = [7]
+
     def handle(*given: object, stream: int | None = None) -> None:
         passed.append([x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given])
+        streams.append(stream)
 
     def by_handle(
         self: Front, kernel: Any, key: object, programs: int, arguments: Any, call: Any
@@ -459,6 +477,7 @@ def test_going_again_passes_what_a_launch_would(
         if went[-1]:
             expected = passed.copy()
             passed.clear()
+            assert streams[-2:] == current * 2
             self.kernels.schedule.schedule(self._front, table, memory, None, None, rates=rates)
             self.kernels.adamw.adamw(self._front, table, memory, False)
             assert passed == expected
@@ -466,6 +485,8 @@ def test_going_again_passes_what_a_launch_would(
 
     monkeypatch.setattr(Front, "launch", by_handle)
     monkeypatch.setattr(launch.Launcher, "_launch_again", both)
+    monkeypatch.setattr(launch.Launcher, "_current_stream", lambda self: current[0])
+    monkeypatch.setattr(launch, "used_here", lambda tensors: None)
     params = model(device)
     adamw: Any = FusedAdamW(params, backend="triton")
     group = adamw.param_groups[0]
@@ -473,6 +494,7 @@ def test_going_again_passes_what_a_launch_would(
     def goes_again() -> bool | None:
         """None: not even asked."""
         went.clear()
+        current[0] += 1
         adamw.step()
         return went[0] if went else None
 
