@@ -242,7 +242,8 @@ def nothing_to_update_on_one_rank() -> None:
     backends = ("reference",) if torch.cuda.is_available() else ("reference", "triton")
     for backend, scale in itertools.product(backends, (None, 8.0)):
         p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
-        optimizer: Any = FusedAdamW([p], max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
+        skip = scale is None  # else GradScaler says so, where it finds something
+        optimizer: Any = FusedAdamW([p], max_grad_norm=1.0, skip_nonfinite=skip, backend=backend)
         for step, value in enumerate((1.0, math.nan, 1.0, 0.25, math.inf, 1.0)):
             p.grad = None
             if first or step == 3:  # the other has its first one late
@@ -250,7 +251,8 @@ def nothing_to_update_on_one_rank() -> None:
                 p.grad = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
             if scale is not None:
                 optimizer.grad_scale = torch.tensor(scale)
-                found_inf = torch.tensor(float(first and step == 2))
+                bad = step == 2 or not math.isfinite(value)
+                found_inf = torch.tensor(float(first and bad))
                 optimizer.found_inf = 0 if p.grad is None else found_inf  # as GradScaler has it
             optimizer.step()
             # what both know, whoever had something to update
