@@ -150,8 +150,7 @@ class Launcher:
         self._reserve: tuple[t.Memory, Tensor] | None = None
         self._reserved_for: t.Words | None = None  # of the table: others of its words may change
         self._groups: t.Words = t.frozen(np.zeros(0, dtype=np.int64))
-        self._given: t.Table | None = None  # as the plan has it
-        self._whole: t.Table | None = None  # with its groups, and with what these ask for
+        self._whole: t.Table | None = None  # the plan's, with groups and what these ask for
         self._group_rows: GroupRows | None = None  # of the prepared step
         self._capturing = False  # whether that step is captured
         self._place: contextlib.AbstractContextManager[Any] = _HERE  # its `current`
@@ -190,13 +189,14 @@ class Launcher:
         if groups.words is not before and groups.words.tobytes() != before.tobytes():
             self._groups = groups.words
         whole = self._whole
-        if whole is None or table is not self._given or whole.groups is not self._groups:
+        if whole is None or table.rest is not whole.rest or whole.groups is not self._groups:
             tuned = table.parameters._replace(plain=groups.plain)
             if groups.exact:
                 tuned = tuned.uncapped()._replace(exact=True)
             whole = dataclasses.replace(table, groups=self._groups, parameters=tuned)
-            self._given, self._whole = table, whole
-        table = whole
+        elif table.grads is not whole.grads:
+            whole = whole.with_grads(table.grads)
+        table = self._whole = whole
         self._place = current(self.device)
         capturing = self._capturing = is_capturing(self.device)
         if capturing and (self._reserve is None or not self._reserve[0].fits(table)):

@@ -6,12 +6,11 @@ is kept alive, so that a trainer can move states to the CPU and get their memory
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ from .storage import Storage
 Addresses = np.ndarray[Any, np.dtype[np.int64]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Entries by device; a device that a kernel updates has a table, the others the reference."""
 
     look: Look
@@ -88,12 +86,10 @@ def follow(plan: Plan, new: Look, grads: Grads) -> Plan | None:
         return None
     addresses = _addresses_by_place(new)
     tables = {
-        device: dataclasses.replace(
-            table, grads=_grad_column(plan.by_device[device], addresses, bool(plan.copied))
-        )
+        device: table.with_grads(_grad_column(plan.by_device[device], addresses, bool(plan.copied)))
         for device, table in plan.tables.items()
     }
-    return dataclasses.replace(plan, look=new, tables=tables)
+    return plan._replace(look=new, tables=tables)
 
 
 def held_entries(plan: Plan, grads: Grads) -> dict[int, Entry]:

@@ -190,7 +190,7 @@ _COLUMNS = [  # of a row's fields
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Frozen words of one device. `dataclasses.replace` the column that moved, keep the rest."""
+    """Frozen words of one device. Replace the column that moved, keep the rest."""
 
     groups: Words  # [n_groups * GROUP_WORDS]
     grads: Words  # [n_tensors]
@@ -202,6 +202,12 @@ class Table:
     n_programs: int
     signatures: tuple[Signature, ...]  # sorted: the kernel is specialised on them
     parameters: LaunchParameters
+
+    def with_grads(self, grads: Words) -> Table:
+        """The same with other gradients, as many: what depends on lengths is not made anew."""
+        table = object.__new__(Table)
+        table.__dict__.update(self.__dict__, grads=grads)
+        return table
 
     @functools.cached_property
     def tensors_at(self) -> int:

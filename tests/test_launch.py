@@ -274,7 +274,7 @@ def test_a_capture_wants_a_norm_of_as_many_meshes_before_it(
     adamw: Any = FusedAdamW(model(device), max_grad_norm=1.0, backend="triton")
     adamw.step()
     launcher, asked = adamw._launchers[device], adamw._asked(False)
-    arguments = launcher._given, launcher._group_rows, asked
+    arguments = adamw._plan.tables[device], launcher._group_rows, asked
     with Recording(monkeypatch):
         launcher.prepare(*arguments, True)
         with pytest.raises(RuntimeError, match="with the same options outside the capture"):
