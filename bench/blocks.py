@@ -43,10 +43,14 @@ def replaced(path: Path, blocks: dict[str, str]) -> str:
     return text
 
 
-def rewrite(path: Path, blocks: dict[str, str]) -> bool:
-    """Write blocks by name into a file; whether that changed it. ValueError as `replaced`."""
-    text = replaced(path, blocks)
+def write(path: Path, text: str) -> bool:
+    """Make it the file's text; whether that changed it."""
     if text == path.read_text():
         return False
     path.write_text(text)
     return True
+
+
+def rewrite(path: Path, blocks: dict[str, str]) -> bool:
+    """Write blocks by name into a file; whether that changed it. ValueError as `replaced`."""
+    return write(path, replaced(path, blocks))

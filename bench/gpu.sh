@@ -19,10 +19,11 @@ commit=${4:-}
 mkdir -p "$out" && logs=$(mktemp -d)
 export PYTHONUNBUFFERED=1
 python=$(command -v python3)
+deadline=460 # seconds: what is killed, and the summary, come behind it
 
 part() { # name, seconds at most, command ...
     local name=$1 limit=$2 start=$SECONDS code
-    local left=$((460 - SECONDS))
+    local left=$((deadline - SECONDS))
     shift 2
     if [ "$left" -lt 5 ]; then
         printf '%-20s exit %-3s not run: the time is over\n' "$name" 124 | tee -a "$out/summary.txt"

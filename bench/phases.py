@@ -74,9 +74,9 @@ def time_phases(
 ) -> dict[str, float]:
     """Medians of wall and host time, and of the parts that ran."""
     found: dict[str, list[float]] = {"wall": [], "host": []}
-    for _ in range(rounds):
-        parts: dict[str, float] = {}
-        with measured(parts):
+    parts: dict[str, float] = {}
+    with measured(parts):
+        for _ in range(rounds):
             entrant.prepare(grads)
             device.flush()
             device.synchronize()
@@ -86,8 +86,8 @@ def time_phases(
             found["host"].append(1e6 * (time.perf_counter() - start))
             device.synchronize()
             found["wall"].append(1e6 * (time.perf_counter() - start))
-        for name, took in parts.items():
-            found.setdefault(name, []).append(took)
+            for name, took in parts.items():
+                found.setdefault(name, []).append(took)
     order = ["wall", "host", *dict.fromkeys(name for _, name in PARTS)]
     return {name: statistics.median(found[name]) for name in order if name in found}
 

@@ -46,6 +46,11 @@ class Provider(NamedTuple):
     clips: bool = False
     step: Callable[[torch.optim.Optimizer], object] | None = None  # if not optimizer.step
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """How it stores, as `count_bytes` takes it."""
+        return {"moments": self.moments, "options": self.options, "residue": self.residue}
+
 
 class External(NamedTuple):
     """An optimizer of another package."""

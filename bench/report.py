@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blocks import replaced, rewrite, table
+from blocks import replaced, table, write
 from machine import ceiling
 from providers import CLIP, FORMATS, FUSED, OURS
 from summary import number, percent
@@ -266,10 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             files = {args.readme: block([load(path, args.cpu) for path in args.paths])}
         else:
             files = blocks_by_file()
-        for path, text in files.items():
-            replaced(path, {"results": text})  # can be done, before any is
-        for path, text in files.items():
-            print(f"{path}: {'rewritten' if rewrite(path, {'results': text}) else 'as it was'}")
+        texts = {path: replaced(path, {"results": text}) for path, text in files.items()}
+        for path, text in texts.items():  # all of them can be written, or none is
+            print(f"{path}: {'rewritten' if write(path, text) else 'as it was'}")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

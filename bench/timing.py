@@ -173,9 +173,7 @@ def enter(
             name,
             case.tensors,
             case.numel,
-            count_bytes(
-                case, moments=p.moments, clips=p.clips, residue=p.residue, options=p.options
-            ),
+            count_bytes(case, clips=p.clips, **p.stored),
         )
         for name, p in providers.items()
     )
@@ -199,9 +197,7 @@ def enter(
         if provider.small and (case.tensors > 500 or case.numel > LARGEST_ON_CPU):
             line.problem = "small cases only"
             continue
-        moved = count_bytes(
-            case, moments=provider.moments, residue=provider.residue, options=provider.options
-        )
+        moved = count_bytes(case, **provider.stored)
         of_state = (moved - of_params) // 2 - of_params  # all but the gradients is also written
         line.problem = lacking(of_state + provider.scratch * of_params)
         if line.problem:

@@ -483,23 +483,21 @@ def with_entry(text: str, name: str, parameters: LaunchParameters) -> str:
 # --- both --------------------------------------------------------------------------------------
 
 
-def _as(kind: type, value: str) -> object:
-    if kind is bool:
-        return bool(("False", "0", "True", "1").index(value) // 2)
-    return kind(value)
+_FLAGS = {"0": False, "1": True, "False": False, "True": True}
 
 
 def own_candidate(text: str) -> Candidate:
     """A candidate from "block=2048,load_cache=.cg"."""
     fields = LaunchParameters()._asdict()
+    parsers: dict[type, Callable[[str], object]] = {bool: _FLAGS.__getitem__, int: int, str: str}
     changes: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = part.partition("=")
         if key not in fields:
             raise argparse.ArgumentTypeError(f"no parameter {key!r} (want {', '.join(fields)})")
         try:
-            changes[key] = _as(type(fields[key]), value)
-        except ValueError:
+            changes[key] = parsers[type(fields[key])](value)
+        except (KeyError, ValueError):
             kind = "True or False" if isinstance(fields[key], bool) else "an int"
             raise argparse.ArgumentTypeError(f"{key} is {value!r} (want {kind})") from None
     return Candidate(text, changes, "of your own")

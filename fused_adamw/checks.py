@@ -22,6 +22,7 @@ STORED: dict[str, tuple[torch.dtype, ...]] = {
     "master_remainder": (torch.bfloat16, torch.int16),
     "master_param": (torch.float32,),
 }
+NO_NUMBERS = (str, bytes, np.ndarray)  # though float() takes them; arrays change in place
 
 
 def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
@@ -34,7 +35,7 @@ def check_hypers(group: Mapping[str, Any], min_lr: float = -math.inf) -> None:
     construct = min_lr == 0
 
     def value(x: Any, what: str) -> float | None:
-        if isinstance(x, (str, bytes, np.ndarray)):  # float() takes them; arrays change in place
+        if isinstance(x, NO_NUMBERS):
             raise TypeError(f"Invalid {what}: {x!r} (want a number or a Tensor)")
         if isinstance(x, Tensor):
             replicated = is_sharded(x) and all(where.is_replicate() for where in x.placements)

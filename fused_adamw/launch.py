@@ -293,9 +293,9 @@ class Launcher:
         For steps that only update.
         """
         again = self._again
+        assert again is not None
         if (
-            again is None
-            or memory is not self._memory
+            memory is not self._memory
             or self._place is not _HERE
             or table.rest is not again.rest
             or table.parameters != again.parameters

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import NO_NUMBERS
 from .kernels import table as t
 from .shards import is_sharded
 
@@ -46,7 +46,7 @@ def check_clipping(max_grad_norm: object, skip_nonfinite: object) -> Clipping:
     if max_grad_norm is None:
         return Clipping(None, True) if skip_nonfinite else _NONE
     on_device = isinstance(max_grad_norm, Tensor) and max_grad_norm.device.type != "cpu"
-    unwanted = on_device or isinstance(max_grad_norm, (str, bytes, np.ndarray))  # as checks.py
+    unwanted = on_device or isinstance(max_grad_norm, NO_NUMBERS)
     try:
         number = math.nan if unwanted else float(max_grad_norm)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -227,40 +227,37 @@ def note(
     found_inf: Tensor | None,
     clipping: Clipping,
     metrics: Tensor,
-) -> None:
-    """The metrics of a step in which this rank updates nothing, as `decide`'s.
+) -> Tensor:
+    """Note a step's metrics, and return whether it is to be skipped: the schedule's twin in torch.
 
     Without a wait, unless the metrics are on the CPU and the scalars are not. total: sums of
     squares of all gradients, to be added up, where the metrics are.
     """
     x = total.sum()
-    norm, bad = x.sqrt(), torch.zeros_like(x, dtype=torch.bool)
+    norm, skip = x.sqrt(), torch.zeros_like(x, dtype=torch.bool)
     if grad_scale is not None:
         norm = norm * (1 / _to(grad_scale, x.device).reshape(()).double()).abs()
     if found_inf is not None:
-        bad = _to(found_inf, x.device).reshape(()) != 0
+        skip = _to(found_inf, x.device).reshape(()) != 0
     if clipping.skip_nonfinite:
-        bad = bad | ~(x < math.inf)
+        skip = skip | ~(x < math.inf)
     metrics[t.NORM], metrics[t.CLIP_FACTOR] = norm, 1.0
     if clipping.max_norm is not None and clipping.max_norm < math.inf:
         metrics[t.CLIP_FACTOR] = (clipping.max_norm / (norm + 1e-6)).clamp(max=1.0)
-    metrics[t.SKIPPED] += bad
+    metrics[t.SKIPPED] += skip
+    return skip
 
 
 def decide(
-    total: Tensor, unscale: float, found_inf: bool, clipping: Clipping, metrics: Tensor
+    total: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clipping: Clipping,
+    metrics: Tensor,
 ) -> float | None:
-    """What gradients are multiplied by, or None to skip the step: the schedule's twin on the host.
+    """What gradients are multiplied by, or None to skip the step; notes the metrics.
 
-    Reads the total, which waits where it lies on a GPU, and notes the metrics.
+    Reads them, which waits where they lie on a GPU.
     """
-    norm = math.sqrt(x) if (x := float(total.sum())) >= 0 else x  # NaN
-    norm *= abs(unscale)
-    factor = 1.0
-    if clipping.max_norm is not None and clipping.max_norm < math.inf:
-        factor = clipping.max_norm / (norm + 1e-6)
-        factor = 1.0 if factor > 1 else factor
-    skip = found_inf or (clipping.skip_nonfinite and not x < math.inf)
-    metrics[t.NORM], metrics[t.CLIP_FACTOR] = norm, factor
-    metrics[t.SKIPPED] += skip
-    return None if skip else factor
+    skip = note(total, grad_scale, found_inf, clipping, metrics)
+    return None if bool(skip) else float(metrics[t.CLIP_FACTOR])

@@ -358,9 +358,10 @@ class FusedAdamW(Optimizer):
                 norms = self._sums(plan, own, asked.found_inf)
             if norms and not plan.by_device:  # only others update
                 for device, total in norms.items():
-                    norming.note(total, *asked[:3], self._metrics[device])
+                    metrics = self._metrics[device]
+                    norming.note(total, asked.grad_scale, asked.found_inf, asked.clipping, metrics)
                     if is_capturing(device):
-                        self._captured.append((asked, self._metrics[device]))
+                        self._captured.append((asked, metrics))
             for device, entries in plan.by_device.items():
                 norm = (norms[device], self._metrics[device]) if norms else None
                 measured = measures.get(device)
@@ -521,8 +522,9 @@ class FusedAdamW(Optimizer):
 
     def _everywhere(self, plan: Plan) -> list[torch.device]:
         """Devices that take part in a norm: one, if this rank has nothing to update, for others."""
-        if plan.by_device or self._metrics:
-            return list(plan.by_device) or list(self._metrics)[:1]
+        known = list(plan.by_device) or list(self._metrics)[:1]
+        if known:
+            return known
         devices = (local(p).device for p in flat(self.param_groups))
         somewhere = (device for device in devices if device.type != "meta")
         return [next(somewhere, None) or norming.device_of(plan.norm_over[1])]

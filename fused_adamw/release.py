@@ -63,7 +63,7 @@ def release_gradients(
             sudden large gradient gets through, and the step after it is clipped instead. It is no
             ``clip_grad_norm_``, which needs all gradients before the first update.
         local_gradients: torch.distributed runs, but nothing reduces the gradients of plain
-            parameters after autograd has accumulated them, as DDP and FSDP1 do.
+            parameters after autograd has accumulated them, as DDP does.
 
     Raises:
         TypeError: another optimizer, or what wraps one.

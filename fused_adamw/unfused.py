@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ def run_reference(
     overflow = asked.found_inf is not None and float(asked.found_inf) != 0
     if norm is not None:
         sums, metrics = norm
-        factor = decide(sums, 1 / scale if scale else math.inf, overflow, asked.clipping, metrics)
+        factor = decide(sums, asked.grad_scale, asked.found_inf, asked.clipping, metrics)
     if overflow or factor is None:
         return
     for x in measures or ():

@@ -475,6 +475,24 @@ def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
     assert re.search(rf"tiny, torch-fused: wall {number}, host {number}\n", phases), phases
 
 
+def test_the_gpu_script_ends_in_time(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path), "step host", "tiny"],
+        env={**os.environ, "PATH": path, "SECONDS": "458"},  # bash counts on from there
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    ended = "exit 124 not run: the time is over"
+    assert [" ".join(line.split()) for line in summary] == [
+        f"{name} {ended}" for name in ("step", "host", "phases")
+    ]
+
+
 def test_the_gpu_script_wants_a_folder(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "bench" / "gpu.sh"
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
