@@ -480,7 +480,7 @@ def test_the_gpu_script_ends_in_time(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(script), str(tmp_path), "step host", "tiny"],
-        env={**os.environ, "PATH": path, "SECONDS": "458"},  # bash counts on from there
+        env={**os.environ, "PATH": path, "SECONDS": "456"},  # bash counts on from there
         capture_output=True,
         text=True,
         check=False,

@@ -210,16 +210,17 @@ def test_without_skip_clipping_goes_on_as_torch(
 
 
 @each("found", [0.0, 2.0])
-def test_under_grad_scaler(device: torch.device, backend: Any, found: float) -> None:
+@each("scale", [1024.0, -1024.0])
+def test_under_grad_scaler(device: torch.device, backend: Any, found: float, scale: float) -> None:
     """The norm is that of the unscaled gradients, which are left behind, unclipped."""
     params = make_params(device, [torch.float32])
     others = twin(params)
     optimizer: Any = FusedAdamW(params, backend=backend, max_grad_norm=0.5)
     theirs = torch.optim.AdamW(others)
-    set_grads(1, params, scale=1024.0)
+    set_grads(1, params, scale=scale)
     set_grads(1, others)
     before = twin(params)
-    optimizer.grad_scale = torch.tensor(1024.0, device=device)
+    optimizer.grad_scale = torch.tensor(scale, device=device)
     optimizer.found_inf = torch.tensor(found, device=device)
     optimizer.step()
     norm = clip_grad_norm_([q for q in others if q.grad is not None], 0.5)
